@@ -1,0 +1,1 @@
+//! The configuration string of a `user:img` backstore.

@@ -1,0 +1,14 @@
+//! VM disk images behind one engine: a format says where a byte lives, the engine moves the bytes.
+//!
+//! Front ends open an image with [`open`](crate::open) and see a [`BlockDevice`]. Format authors implement [`Format`].
+//! This crate knows nothing of SCSI, TCMU, NBD or the daemon, and holds no unsafe code.
+
+pub mod device;
+pub mod error;
+pub mod format;
+pub mod store;
+pub mod writeback;
+
+pub use device::{BlockDevice, Limits, MapExtent, ZeroMode};
+pub use error::{Error, Kind, Result};
+pub use format::{CheckReport, Extent, Format, FormatLimits, Place, Placement, Unit};

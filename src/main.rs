@@ -1,0 +1,3 @@
+//! The `img-tcmu` command.
+
+fn main() {}
