@@ -18,7 +18,7 @@
 use crate::device::ZeroMode;
 use crate::error::{Error, Result};
 use crate::store::Store;
-use crate::writeback::Freed;
+use crate::writeback::{Freed, MetaWrite};
 use std::sync::Arc;
 
 /// What a format is and can do; constant while open but for `size`.
@@ -172,6 +172,13 @@ pub trait Format: Send + Sync {
     /// Puts everything that is held back in the format's own memory into the write-back buffer. The engine drains that and syncs afterwards.
     fn flush(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// For formats with a log of their own: writes the log entries that describe `writes`, which are about to be made. `true`: they are logged, and once
+    /// a sync of the log is done the writes themselves need none before the next drain (which begins with one).
+    fn log(&self, writes: &[MetaWrite]) -> Result<bool> {
+        let _ = writes;
+        Ok(false)
     }
 
     /// Space that may now be used again (see the module's text).

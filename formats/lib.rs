@@ -6,6 +6,8 @@
 pub mod device;
 pub mod error;
 pub mod format;
+pub mod grace;
+pub mod redo;
 pub mod store;
 pub mod writeback;
 
