@@ -106,6 +106,11 @@ impl Error {
         outer
     }
 
+    /// The cause alone, for who has printed this level.
+    pub fn into_source(self) -> Option<Box<dyn std::error::Error + Send + Sync>> {
+        self.0.source
+    }
+
     /// The kind, for matching.
     pub fn kind(&self) -> Kind {
         self.0.kind
