@@ -174,7 +174,7 @@ pub static KEYS: &[Key] = &[
         names: &["offset"],
         meaning: "first byte of the image that is served",
         set: |spec, v| value::size(v).map(|v| spec.offset = v),
-        show: |spec| (spec.offset != 0).then(|| spec.offset).and_then(bytes),
+        show: |spec| (spec.offset != 0).then_some(spec.offset).and_then(bytes),
     },
     Key {
         names: &["size"],
