@@ -3,6 +3,7 @@
 //! Front ends open an image with [`open`](crate::open) and see a [`BlockDevice`]. Format authors implement [`Format`].
 //! This crate knows nothing of SCSI, TCMU, NBD or the daemon, and holds no unsafe code.
 
+pub mod cache;
 pub mod device;
 pub mod error;
 pub mod format;
@@ -11,6 +12,7 @@ pub mod redo;
 pub mod store;
 pub mod writeback;
 
+pub use cache::Cache;
 pub use device::{BlockDevice, Limits, MapExtent, ZeroMode};
 pub use error::{Error, Kind, Result};
 pub use format::{CheckReport, Extent, Format, FormatLimits, Place, Placement, Unit};
