@@ -51,7 +51,7 @@ impl Grace {
         for _ in 0..2 {
             let epoch = self.epoch.load(Ordering::SeqCst);
             // Those who entered in the epoch before this one use the other counter.
-            if self.active[usize::from(epoch % 2 == 0)].load(Ordering::SeqCst) != 0 {
+            if self.active[usize::from(epoch.is_multiple_of(2))].load(Ordering::SeqCst) != 0 {
                 break;
             }
             self.epoch.store(epoch + 1, Ordering::SeqCst);

@@ -4,6 +4,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::path::Path;
 
 /// A file or something like one. Offsets are bytes from its start; there is no cursor.
+#[expect(clippy::len_without_is_empty, reason = "asking is an I/O that can fail; nobody asks whether an image file is empty")]
 pub trait Store: Send + Sync {
     /// Reads until `bufs` are full or the store ends; returns how many bytes.
     fn read_at(&self, bufs: &mut [IoSliceMut<'_>], at: u64) -> io::Result<usize>;
