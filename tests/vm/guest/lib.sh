@@ -25,7 +25,7 @@ diagnose() {
         tail -n "${DIAGNOSE_LINES:-40}" "$LOG"
     fi
     echo "--- the kernel's last lines"
-    dmesg | tail -n 25
+    dmesg | tail -n 15
     if [ -n "${DAEMON_PID:-}" ] && [ -d "/proc/$DAEMON_PID" ]; then
         echo "--- the daemon's threads"
         for task in /proc/"$DAEMON_PID"/task/*; do

@@ -1,0 +1,77 @@
+# What a person or a CI run calls. Everything that is missing is installed by apt and cargo (as root), or named.
+#
+#   make demo         build, and show the main job on a sample image (DEMO=host|vm to choose where)
+#   make test         every test: cargo, samples, a real kernel as user-mode Linux, and the races' part in QEMU
+#   make lint         formatting, clippy and rustdoc, warnings are errors
+#   make test-long    the long modes: everything in QEMU as well, crash and kill loops
+#   make bench        criterion benchmarks, then the comparison with the peers in the guest
+#   make fuzz-smoke   each fuzz target for a minute (needs a nightly toolchain and cargo-fuzz)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/sbin:/sbin
+
+# The guest's tests run the release binary.
+BIN := $(abspath $(or $(CARGO_TARGET_DIR),target))/release/img-tcmu
+# What of the guest's tests runs in QEMU too, with two CPUs, in `make test`.
+SMP_TESTS ?= 10 31 33
+
+.PHONY: all build install demo test test-cargo test-samples test-vm test-smp test-long lint bench fuzz-smoke clean
+
+all: build
+
+toolchain:
+	@command -v cargo >/dev/null || { echo "There is no cargo. Install the stable Rust toolchain: https://rustup.rs" >&2; exit 1; }
+.PHONY: toolchain
+
+# Host packages: a C compiler for the compression libraries, and what the test bed calls.
+install:
+	@tests/vm/install
+
+build: toolchain install
+	cargo build --release --locked
+
+demo: build
+	@BIN=$(BIN) dist/demo
+
+test: test-cargo test-samples test-vm test-smp
+	@echo "make test: all parts passed"
+
+test-cargo: toolchain install
+	@cargo nextest --version >/dev/null 2>&1 || cargo install --locked cargo-nextest || \
+	    echo "make: cargo-nextest cannot be installed, using cargo test"
+	if cargo nextest --version >/dev/null 2>&1; then \
+	    cargo nextest run --workspace --locked --no-fail-fast --status-level slow --final-status-level fail && cargo test --workspace --locked --doc -q; \
+	else \
+	    cargo test --workspace --locked --no-fail-fast; \
+	fi
+
+test-samples: install
+	samples/check
+
+test-vm: build
+	tests/vm/suite --uml --bin $(BIN)
+
+test-smp: build
+	tests/vm/suite --qemu --bin $(BIN) $(SMP_TESTS)
+
+test-long: build
+	cargo nextest run --workspace --locked --run-ignored all
+	tests/vm/suite --uml --bin $(BIN) 8
+	tests/vm/suite --qemu --bin $(BIN)
+
+lint: toolchain install
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --document-private-items
+
+bench: build
+	cargo bench --workspace --locked
+	tests/vm/suite --uml --bin $(BIN) 90
+
+fuzz-smoke: toolchain
+	@[ -d fuzz ] || { echo "make: there are no fuzz targets"; exit 1; }
+	cd fuzz && for target in $$(cargo fuzz list); do cargo fuzz run $$target -- -max_total_time=60; done
+
+clean:
+	cargo clean
