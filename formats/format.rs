@@ -41,6 +41,8 @@ pub struct FormatLimits {
     pub can_discard: bool,
     /// Space is taken as it is needed.
     pub thin: bool,
+    /// Holes of the host file inside [`Place::Data`] are this format's way to be thin (raw): maps show them as zeros.
+    pub holes_are_zeros: bool,
 }
 
 /// Where a run of guest bytes lives.
@@ -197,6 +199,11 @@ pub trait Format: Send + Sync {
     fn check(&self, repair: bool) -> Result<CheckReport> {
         let _ = repair;
         Err(Error::unsupported(format!("there is no check for {} images", self.name())))
+    }
+
+    /// What children of this image remember it by: a VHDX's DataWriteGuid, a VHD's or VDI's UUID, a VMDK's CID; as text, in the format's usual notation.
+    fn identity(&self) -> Option<String> {
+        None
     }
 
     /// Details for `info`, under "format-specific" in its JSON: a map of QEMU's own keys where it has them.

@@ -5,10 +5,19 @@
 
 pub mod cache;
 pub mod device;
+pub mod drivers;
 pub mod error;
 pub mod format;
+pub mod gate;
 pub mod grace;
+pub mod image;
+pub mod locks;
+pub mod open;
+pub mod probe;
+pub mod ranges;
+pub mod raw;
 pub mod redo;
+pub mod segments;
 pub mod store;
 pub mod writeback;
 
@@ -16,3 +25,5 @@ pub use cache::Cache;
 pub use device::{BlockDevice, Limits, MapExtent, ZeroMode};
 pub use error::{Error, Kind, Result};
 pub use format::{CheckReport, Extent, Format, FormatLimits, Place, Placement, Unit};
+pub use image::Image;
+pub use open::{OpenOptions, open};

@@ -1,9 +1,16 @@
 //! Where an image's bytes are kept: positional access only, so that any number of threads share one store.
 
+mod file;
+mod memory;
+
+pub use file::FileStore;
+pub use memory::MemoryStore;
+
 use std::io::{self, IoSlice, IoSliceMut};
 use std::path::Path;
 
-/// A file or something like one. Offsets are bytes from its start; there is no cursor.
+/// A file or something like one. Calls may use up (advance) the buffer lists that they are lent mutably. Offsets are bytes from
+/// its start; there is no cursor.
 #[expect(clippy::len_without_is_empty, reason = "asking is an I/O that can fail; nobody asks whether an image file is empty")]
 pub trait Store: Send + Sync {
     /// Reads until `bufs` are full or the store ends; returns how many bytes.

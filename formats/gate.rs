@@ -1,0 +1,137 @@
+//! The one place where files are opened: those the user named, and those that an image names.
+//!
+//! An image may come from anybody, and the names inside it (backing file, parent, extent) are its author's wish, not the user's. They are followed
+//! only to regular files below the directory of the image that the user named, or below directories that the user allowed; never to device nodes, FIFOs,
+//! or through symbolic links to elsewhere; at most [`MAX_DEPTH`] deep and never in a circle.
+
+use crate::error::{Error, Kind, Result};
+use crate::locks::{self, Use};
+use crate::store::FileStore;
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The longest chain of images.
+pub const MAX_DEPTH: usize = 200;
+
+/// What may be opened, and how.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    /// Directories, besides the image's own tree, in which files named by images may lie.
+    pub allowed: Vec<PathBuf>,
+    /// Take QEMU's locks. Off only where the file system has none.
+    pub locking: bool,
+    /// Follow names at all. Off for looking at an image without touching others (`info` of a stranger's file).
+    pub follow: bool,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self { allowed: Vec::new(), locking: true, follow: true }
+    }
+}
+
+/// The chain of files opened so far, from the one that the user named on.
+#[derive(Debug)]
+pub struct Chain {
+    /// Real directory of the user's image.
+    root: PathBuf,
+    /// Device and inode of every file.
+    seen: Vec<(u64, u64)>,
+}
+
+impl Gate {
+    /// Opens the file that the user named.
+    ///
+    /// # Errors
+    /// `NotFound`, `Denied`, `Locked`; `InvalidOption` for a directory or FIFO.
+    pub fn open_named(&self, path: &Path, writable: bool) -> Result<(Arc<FileStore>, Chain)> {
+        let file = open(path, writable)?;
+        let meta = file.metadata().map_err(|e| Error::io("cannot look at the file", e).at_path(path))?;
+        let kind = meta.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let what = if kind.is_dir() { "a directory" } else { "neither a file nor a block device" };
+            return Err(Error::new(Kind::InvalidOption, format!("this is {what}, not a disk image")).at_path(path));
+        }
+        self.lock(&file, path, if writable { Use::Write } else { Use::Read })?;
+        let root = real_path(&file, path)?.parent().map(Path::to_path_buf).unwrap_or_default();
+        let chain = Chain { root, seen: vec![(meta.dev(), meta.ino())] };
+        let store = FileStore::new(file, path).map_err(|e| Error::io("cannot look at the file", e).at_path(path))?;
+        Ok((Arc::new(store), chain))
+    }
+
+    /// Opens a file that the image at `by` names, read-only unless `writable` (an extent of a writable image). Relative names count from `by`'s directory.
+    ///
+    /// # Errors
+    /// As for [`Self::open_named`]; `Denied` when the policy does not allow the name, with what to do about it.
+    pub fn open_implicit(&self, chain: &mut Chain, by: &Path, name: &Path, writable: bool) -> Result<(Arc<FileStore>, PathBuf)> {
+        let shown = name.display();
+        let refuse = |why: &str| Error::new(Kind::Denied, format!("the image names the file \"{shown}\", {why}")).at_path(by);
+        if !self.follow {
+            return Err(refuse("which is not to be followed"));
+        }
+        if chain.seen.len() >= MAX_DEPTH {
+            return Err(refuse(&format!("which would be file {} of its chain; {MAX_DEPTH} are allowed", MAX_DEPTH + 1)));
+        }
+        if looks_like_protocol(name) {
+            return Err(refuse("which is the name of a protocol or an option list, not of a file; such names are not followed"));
+        }
+        let path = by.parent().unwrap_or(Path::new("")).join(name);
+        // Looked at before it is opened (opening a device can have effects) and again after (it may have been exchanged).
+        let meta = std::fs::metadata(&path)
+            .map_err(|e| Error::io(format!("cannot open the file \"{shown}\" that the image names"), e).at_path(by))?;
+        if !meta.is_file() {
+            return Err(refuse("which is not a regular file"));
+        }
+        let file = open(&path, writable)?;
+        let meta = file.metadata().map_err(|e| Error::io("cannot look at the file", e).at_path(&path))?;
+        if !meta.is_file() {
+            return Err(refuse("which is not a regular file"));
+        }
+        let real = real_path(&file, &path)?;
+        let allowed = real.starts_with(&chain.root) || self.allowed.iter().any(|d| d.canonicalize().is_ok_and(|d| real.starts_with(d)));
+        if !allowed {
+            return Err(refuse(&format!(
+                "which lies outside {} (allow its directory, if the image is to be trusted: --allow {})",
+                chain.root.display(),
+                real.parent().unwrap_or(Path::new("/")).display()
+            )));
+        }
+        let id = (meta.dev(), meta.ino());
+        if chain.seen.contains(&id) {
+            return Err(refuse("which is part of its own chain already: the images refer to each other in a circle"));
+        }
+        self.lock(&file, &path, if writable { Use::Write } else { Use::Read })?;
+        chain.seen.push(id);
+        let store = FileStore::new(file, &path).map_err(|e| Error::io("cannot look at the file", e).at_path(&path))?;
+        Ok((Arc::new(store), path))
+    }
+
+    fn lock(&self, file: &File, path: &Path, how: Use) -> Result<()> {
+        if self.locking { locks::lock(file, path, how) } else { Ok(()) }
+    }
+}
+
+fn open(path: &Path, writable: bool) -> Result<File> {
+    // NONBLOCK: a FIFO must not make us wait. It means nothing for files and block devices.
+    let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY | nix::libc::O_CLOEXEC;
+    OpenOptions::new().read(true).write(writable).custom_flags(flags).open(path).map_err(|e| {
+        let how = if writable { "cannot open the image for writing" } else { "cannot open the image" };
+        Error::io(how, e).at_path(path)
+    })
+}
+
+/// Where an open file really is.
+fn real_path(file: &File, path: &Path) -> Result<PathBuf> {
+    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .or_else(|_| path.canonicalize())
+        .map_err(|e| Error::io("cannot find out where the file really is", e).at_path(path))
+}
+
+/// "nbd:…", "json:{…}", "https://…": a colon before any slash.
+fn looks_like_protocol(name: &Path) -> bool {
+    let bytes = name.as_os_str().as_encoded_bytes();
+    bytes.iter().position(|b| *b == b':').is_some_and(|colon| !bytes[..colon].contains(&b'/'))
+}
