@@ -56,10 +56,13 @@ pub struct Request<'a> {
     /// The mirror for pending metadata of `store` (index 0 of the format's stores).
     pub redo: Box<dyn RedoLog>,
     /// Opens a further file that the image names (extent, data file), through the gate: name, writable.
-    pub open_file: &'a mut dyn FnMut(&Path, bool) -> Result<Arc<dyn Store>>,
+    pub open_file: &'a mut OpenFile<'a>,
     /// An internal snapshot to show instead of the current state.
     pub snapshot_name: Option<&'a str>,
 }
+
+/// Opens a file that an image names: name, writable.
+pub type OpenFile<'a> = dyn FnMut(&Path, bool) -> Result<Arc<dyn Store>> + 'a;
 
 /// An image that a driver has opened.
 pub struct Opened {

@@ -30,7 +30,8 @@ impl Head {
         let mut head = vec![0; usize::try_from(len.min(HEAD)).unwrap_or(0)];
         store.read_zero_filled(&mut head, 0).map_err(fail)?;
         let mut tail = vec![0; usize::try_from(len.min(TAIL)).unwrap_or(0)];
-        store.read_zero_filled(&mut tail, len - tail.len() as u64).map_err(fail)?;
+        let start = len - tail.len() as u64;
+        store.read_zero_filled(&mut tail, start).map_err(fail)?;
         Ok(Self { head, tail, len })
     }
 

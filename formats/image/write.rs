@@ -131,7 +131,9 @@ impl Image {
             let after = self.old_bytes(at + count, tail)?;
             let mut parts = Parts::new();
             parts.push(IoSlice::new(&before));
-            parts.extend(from.take(count));
+            for part in from.take(count) {
+                parts.push(part);
+            }
             parts.push(IoSlice::new(&after));
             self.store(store)?.write_at(&parts, host).map_err(|e| self.io_error("cannot write", e, store, host))?;
         } else {
