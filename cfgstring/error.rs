@@ -93,6 +93,11 @@ impl Error {
         self.key.as_deref()
     }
 
+    /// What `Display` says, without the column: for values that do not come from a string.
+    pub fn reason(&self) -> String {
+        Reason(self).to_string()
+    }
+
     /// What is wrong.
     pub fn problem(&self) -> &Problem {
         &self.problem
@@ -101,9 +106,16 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "column {}: ", self.column)?;
-        let key = self.key.as_deref().unwrap_or_default();
-        match &self.problem {
+        write!(f, "column {}: {}", self.column, Reason(self))
+    }
+}
+
+struct Reason<'a>(&'a Error);
+
+impl fmt::Display for Reason<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let key = self.0.key.as_deref().unwrap_or_default();
+        match &self.0.problem {
             Problem::Empty => f.write_str("the configuration string is empty: it should be @file=/path/to/image or @NAME"),
             Problem::Subtype => write!(f, "not a configuration string of this handler: it should start with '{}/'", crate::SUBTYPE),
             Problem::NoAt => f.write_str("should start with '@' (@file=/path/to/image) or be an absolute path"),

@@ -155,6 +155,7 @@ fn pairs_from_a_configuration_file() {
     assert_eq!(Spec::from_pairs(pairs), Ok(Spec { read_only: true, ..Spec::for_file("/a,b@%zz") }));
     let error = Spec::from_pairs([("file", b"/x".as_slice()), ("sise", b"1")]).expect_err("unknown key");
     assert_eq!((error.column(), error.key()), (2, Some("sise")));
+    assert_eq!(error.reason(), "unknown key 'sise'; did you mean 'size'?");
 }
 
 #[test]

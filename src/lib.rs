@@ -1,1 +1,6 @@
 //! Serves VM disk images as SCSI disks through the Linux SCSI target's TCMU ring.
+
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod image;

@@ -1,3 +1,7 @@
 //! The `img-tcmu` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    img_tcmu::cli::main()
+}

@@ -1,0 +1,89 @@
+//! The command line: one file per sub-command, dispatch and exit codes here.
+//!
+//! To add a sub-command: a file with a `clap::Args` struct that has `fn run(self) -> Result<ExitCode, Failure>`, a variant of
+//! [`Command`] and an arm in [`Command::run`].
+
+mod cat;
+mod check;
+mod check_config;
+mod failure;
+mod image;
+mod info;
+mod map;
+
+pub use failure::Failure;
+pub use image::ImageArgs;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Exit codes, as `--help` states them.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0   done
+  1   failed; the reason is on stderr, its causes on lines that begin with 'caused by:'
+  64  the command line makes no sense
+  'check' also has those of 'qemu-img check': 2 corruptions, 3 leaks (but no corruptions), 63 no check for this format";
+
+/// Opens VM disk images and serves them as SCSI disks.
+#[derive(Debug, Parser)]
+#[command(name = "img-tcmu", version, propagate_version = true, after_help = EXIT_CODES, max_term_width = 100)]
+#[command(long_about = "\
+Opens VM disk images of every common kind and serves each as a SCSI disk: as a user:img backstore of the Linux SCSI target, which \
+targetcli exports over iSCSI and other fabrics, or as a local /dev/sdX.
+
+The daemon is 'img-tcmu serve'. 'attach' makes a local disk of an image in one step; 'info', 'map', 'cat' and 'check' look at \
+images without a daemon and without root.")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Info(info::Info),
+    Map(map::Map),
+    Cat(cat::Cat),
+    Check(check::Check),
+    CheckConfig(check_config::CheckConfig),
+}
+
+impl Command {
+    fn run(self) -> Result<ExitCode, Failure> {
+        match self {
+            Self::Info(command) => command.run(),
+            Self::Map(command) => command.run(),
+            Self::Cat(command) => command.run(),
+            Self::Check(command) => command.run(),
+            Self::CheckConfig(command) => command.run(),
+        }
+    }
+}
+
+/// Parses the arguments of the process and does what they say.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { failure::USAGE } else { 0 };
+            // Nothing can be done about a closed stdout or stderr.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    match cli.command.run() {
+        Ok(code) => code,
+        Err(failure) => failure.report(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,110 @@
+//! From a configuration string to an open image: the one place where its keys meet the engine's options.
+
+use cfgstring::{Config, Discard, Spec, ZeroDetection};
+use formats::gate::Gate;
+use formats::{Cache, Error, Image, Kind, OpenOptions, Result};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// What does not come from the configuration string.
+#[derive(Clone, Default)]
+pub struct Environment {
+    /// Directories, besides an image's own, in which files that it names (parents, extents) may lie.
+    pub allowed: Vec<PathBuf>,
+    /// Named exports (`@NAME`).
+    pub exports: Exports,
+}
+
+/// The exports of the configuration file.
+pub type Exports = std::collections::BTreeMap<String, Spec>;
+
+/// What an image is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To serve it: for writing, unless it says `read-only`.
+    Serve,
+    /// To read its contents.
+    Read,
+    /// To look at it, also while others write to it: no locks.
+    Inspect,
+    /// To mend it: for writing whatever it says.
+    Repair,
+}
+
+impl Environment {
+    /// The description behind a configuration: itself, or that of a named export.
+    ///
+    /// # Errors
+    /// `NotFound`: there is no such export.
+    pub fn resolve(&self, config: &Config) -> Result<Spec> {
+        match config {
+            Config::Image(spec) => Ok(spec.as_ref().clone()),
+            Config::Export(name) => self.exports.get(name).cloned().ok_or_else(|| {
+                Error::new(Kind::NotFound, format!("no export is named '{name}': define it in the configuration file as [exports.{name}]"))
+            }),
+        }
+    }
+
+    /// Opens what `spec` describes.
+    ///
+    /// # Errors
+    /// A key that is not supported yet, by name; and those of [`formats::open`].
+    pub fn open(&self, spec: &Spec, purpose: Purpose) -> Result<Arc<Image>> {
+        formats::open(&self.options(spec, purpose)?)
+    }
+
+    /// What the keys mean to the engine.
+    ///
+    /// # Errors
+    /// A key that is not supported yet, by name.
+    pub fn options(&self, spec: &Spec, purpose: Purpose) -> Result<OpenOptions> {
+        refuse_unsupported(spec)?;
+        let mut options = OpenOptions::new(&spec.file);
+        options.format.clone_from(&spec.format);
+        options.read_only = match purpose {
+            Purpose::Serve => spec.read_only,
+            Purpose::Read | Purpose::Inspect => true,
+            Purpose::Repair => false,
+        };
+        options.ignore_discard = spec.discard == Discard::Ignore;
+        options.parent.clone_from(&spec.parent);
+        options.snapshot_name.clone_from(&spec.snapshot_name);
+        options.gate = Gate { allowed: self.allowed.clone(), locking: purpose != Purpose::Inspect, ..Gate::default() };
+        if let Some(bytes) = spec.cache_size {
+            options.cache = Some(Arc::new(Cache::new(usize::try_from(bytes).unwrap_or(usize::MAX))));
+        }
+        Ok(options)
+    }
+}
+
+fn refuse_unsupported(spec: &Spec) -> Result<()> {
+    let refused = [
+        (spec.snapshot, "snapshot"),
+        (spec.overlay.is_some(), "overlay"),
+        (spec.detect_zeroes != ZeroDetection::Off, "detect-zeroes"),
+        (spec.offset != 0, "offset"),
+        (spec.size.is_some(), "size"),
+        (spec.partition.is_some(), "partition"),
+        (spec.direct, "direct"),
+    ];
+    match refused.iter().find(|(given, _)| *given) {
+        Some((_, key)) => Err(Error::unsupported(format!("the key '{key}' is not supported yet: leave it out"))),
+        None => Ok(()),
+    }
+}
+
+/// A daemon has no working directory that a user could mean.
+///
+/// # Errors
+/// `InvalidOption`: a path of `spec` is relative.
+pub fn require_absolute(spec: &Spec) -> Result<()> {
+    let paths = [("file", Some(&spec.file)), ("overlay", spec.overlay.as_ref()), ("parent", spec.parent.as_ref())];
+    for (key, path) in paths {
+        if let Some(path) = path
+            && !path.is_absolute()
+        {
+            return Err(Error::new(Kind::InvalidOption, format!("'{key}' should be an absolute path, not '{}'", path.display())));
+        }
+    }
+    Ok(())
+}
