@@ -1,0 +1,60 @@
+//! COMPARE AND WRITE and ORWRITE (16): read, decide and write while nobody else is in the range (SBC-3 5.3, 5.11).
+
+use crate::scsi::cdb::{Cdb, Extent};
+use crate::scsi::data::Data;
+use crate::scsi::lun::Command;
+use crate::scsi::opcode::Reply;
+use crate::scsi::sense::{Fault, Triple};
+use crate::scsi::verify::{CHUNK, compare};
+use std::io::{IoSlice, IoSliceMut};
+
+/// FUA in byte 1.
+const FUA: u8 = 0x08;
+
+/// The buffer holds the blocks to compare with and then those to write. Its length has to be just that: from a shorter or
+/// longer one nobody could tell where the halves meet.
+pub fn compare_and_write(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>) -> Result<Reply, Fault> {
+    let range = command.range(cdb.u64(2), u64::from(cdb.byte(13)))?;
+    let len = range.end - range.start;
+    if len == 0 {
+        return Ok(Reply::Done);
+    }
+    if data.len() != 2 * len {
+        return Err(Triple::INVALID_FIELD_IN_COMMAND_IU.into());
+    }
+    {
+        let _exclusive = command.lun.ranges.exclusive(range.clone());
+        compare(command, range.clone(), 0, data)?;
+        command.device.write(&data.slices(len, len), range.start).map_err(|e| Fault::writing(&e))?;
+    }
+    command.settle(cdb.has(1, FUA))?;
+    Ok(Reply::Done)
+}
+
+pub fn or_write(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>) -> Result<Reply, Fault> {
+    let extent: Extent = cdb.extent_16();
+    let range = command.transfer_range(&extent)?;
+    let len = range.end - range.start;
+    if data.len() < len {
+        return Err(Triple::INVALID_FIELD_IN_COMMAND_IU.into());
+    }
+    if len > 0 {
+        let _exclusive = command.lun.ranges.exclusive(range.clone());
+        let mut buffer = vec![0; usize::try_from(CHUNK.min(len)).unwrap_or(0)];
+        let mut done = 0;
+        while done < len {
+            let take = usize::try_from(len - done).map_or(buffer.len(), |left| left.min(buffer.len()));
+            let chunk = &mut buffer[..take];
+            let at = range.start + done;
+            command.device.read(&mut [IoSliceMut::new(chunk)], at).map_err(|e| Fault::reading(&e))?;
+            let mut bytes = chunk.iter_mut();
+            for slice in &data.slices(done, take as u64) {
+                slice.iter().zip(bytes.by_ref()).for_each(|(from, to)| *to |= from);
+            }
+            command.device.write(&[IoSlice::new(chunk)], at).map_err(|e| Fault::writing(&e))?;
+            done += take as u64;
+        }
+    }
+    command.settle(cdb.has(1, FUA))?;
+    Ok(Reply::Done)
+}

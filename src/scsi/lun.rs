@@ -1,0 +1,391 @@
+//! A logical unit: its state, and the rules that every command goes through before its own function runs.
+//!
+//! Holds the image, the identity, the mode parameters, the range lock and pending unit attentions. Commands live in their
+//! own modules and see a [`Command`].
+
+use crate::scsi::attention::Attention;
+use crate::scsi::cdb::{Cdb, Extent};
+use crate::scsi::data::Data;
+use crate::scsi::mode::Parameters;
+use crate::scsi::opcode::{self, Access, Blocking, Direction, Entry, Presence, Reply};
+use crate::scsi::range_lock::RangeLock;
+use crate::scsi::sense::{Fault, Sense, Triple};
+use formats::{BlockDevice, Limits};
+use parking_lot::RwLock;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// SCSI status (SAM-5 5.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// The command ended well.
+    Good = 0x00,
+    /// It did not: the sense data say why.
+    CheckCondition = 0x02,
+    /// Try again.
+    Busy = 0x08,
+    /// No resources for this command now.
+    TaskSetFull = 0x28,
+}
+
+/// How a command ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// The status to send.
+    pub status: Status,
+    /// Sense data, if the status is CHECK CONDITION.
+    pub sense: Option<Sense>,
+    /// For data-in commands that ended well: how many bytes of the buffer are valid. The rest of it is zeros.
+    pub data_in: Option<u32>,
+}
+
+/// How the logical unit introduces itself.
+#[derive(Clone)]
+pub struct Identity {
+    /// T10 vendor identification, up to 8 ASCII characters.
+    pub vendor: String,
+    /// Product identification, up to 16.
+    pub product: String,
+    /// Product revision, up to 4.
+    pub revision: String,
+    /// The unit serial number, asked for at each INQUIRY: the kernel's may be set after the device went on line.
+    pub serial: Arc<dyn Fn() -> Option<String> + Send + Sync>,
+}
+
+impl Identity {
+    /// The project's own names, with a serial number that does not change.
+    pub fn with_serial(serial: impl Into<String>) -> Self {
+        let serial = serial.into();
+        Self::with_serial_source(move || Some(serial.clone()))
+    }
+
+    /// The project's own names, with a serial number that is looked up when asked for.
+    pub fn with_serial_source(serial: impl Fn() -> Option<String> + Send + Sync + 'static) -> Self {
+        Self {
+            vendor: "IMG-TCMU".into(),
+            product: "disk image".into(),
+            revision: env!("CARGO_PKG_VERSION").into(),
+            serial: Arc::new(serial),
+        }
+    }
+}
+
+/// What the logical unit is to be, apart from what the image says.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Logical block size in bytes: 512 or 4096.
+    pub block_size: u32,
+    /// Size in bytes, if it is to be less than the image's.
+    pub size: Option<u64>,
+    /// Refuse writes even if the image would take them.
+    pub read_only: bool,
+    /// Writes may stay in a volatile cache until they are synchronized (WCE when the unit starts).
+    pub write_cache: bool,
+    /// Offer UNMAP if the image can discard.
+    pub discard: bool,
+    /// Longest transfer of one command in blocks (VPD B0).
+    pub max_transfer_blocks: u32,
+    /// The transfer length that suits best in blocks (VPD B0); 0 says nothing.
+    pub optimal_transfer_blocks: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            block_size: 512,
+            size: None,
+            read_only: false,
+            write_cache: true,
+            discard: true,
+            max_transfer_blocks: 1 << 16,
+            optimal_transfer_blocks: 0,
+        }
+    }
+}
+
+/// Why a logical unit cannot be made of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Neither 512 nor 4096.
+    #[error("the block size is {0}; it must be 512 or 4096")]
+    BlockSize(u32),
+    /// The guest of the image addressed it in larger sectors.
+    #[error("the image has sectors of {image} bytes and the LUN blocks of {lun}: create the backstore with hw_block_size={image}")]
+    Sector {
+        /// Of the image.
+        image: u32,
+        /// Of the logical unit.
+        lun: u32,
+    },
+    /// Less than one block.
+    #[error("{0} bytes are less than one block")]
+    TooSmall(u64),
+    /// The image is smaller than asked for.
+    #[error("the LUN is to have {lun} bytes and the image has {image}")]
+    TooLarge {
+        /// Of the image.
+        image: u64,
+        /// Of the logical unit.
+        lun: u64,
+    },
+}
+
+/// A logical unit.
+pub struct Lun {
+    backing: RwLock<Backing>,
+    pub(super) identity: Identity,
+    pub(super) config: Config,
+    /// Capacity in blocks.
+    blocks: AtomicU64,
+    pub(super) parameters: Parameters,
+    pub(super) ranges: RangeLock,
+    pub(super) attention: Attention,
+}
+
+/// The image behind a logical unit, and what it said of itself when it was put there.
+struct Backing {
+    device: Arc<dyn BlockDevice>,
+    limits: Limits,
+}
+
+impl Backing {
+    fn new(device: Arc<dyn BlockDevice>, config: &Config) -> Result<Self, ConfigError> {
+        let limits = device.limits();
+        match config.block_size {
+            512 | 4096 if limits.sector <= config.block_size => {}
+            512 | 4096 => return Err(ConfigError::Sector { image: limits.sector, lun: config.block_size }),
+            other => return Err(ConfigError::BlockSize(other)),
+        }
+        Ok(Self { device, limits })
+    }
+}
+
+impl Lun {
+    /// A logical unit over `device`.
+    pub fn new(device: Arc<dyn BlockDevice>, identity: Identity, config: Config) -> Result<Self, ConfigError> {
+        let backing = Backing::new(device, &config)?;
+        let size = config.size.unwrap_or(backing.limits.size);
+        if size > backing.limits.size {
+            return Err(ConfigError::TooLarge { image: backing.limits.size, lun: size });
+        }
+        let blocks = size / u64::from(config.block_size);
+        if blocks == 0 {
+            return Err(ConfigError::TooSmall(size));
+        }
+        Ok(Self {
+            backing: RwLock::new(backing),
+            identity,
+            blocks: AtomicU64::new(blocks),
+            parameters: Parameters::new(config.write_cache),
+            config,
+            ranges: RangeLock::default(),
+            attention: Attention::default(),
+        })
+    }
+
+    /// Does one command. Thread-safe: as many at once as callers like.
+    pub fn execute(&self, cdb: &[u8], data: &mut Data<'_, '_>) -> Outcome {
+        self.run(cdb, data, false).unwrap_or(Outcome { status: Status::Busy, sense: None, data_in: None })
+    }
+
+    /// Does the command if that needs no wait: it is answered from memory, or reads what is in memory. `None` means that
+    /// nothing happened, and that the buffer may have changed.
+    pub fn try_execute(&self, cdb: &[u8], data: &mut Data<'_, '_>) -> Option<Outcome> {
+        self.run(cdb, data, true)
+    }
+
+    fn run(&self, cdb: &[u8], data: &mut Data<'_, '_>, no_wait: bool) -> Option<Outcome> {
+        let backing = if no_wait { self.backing.try_read()? } else { self.backing.read() };
+        let command = Command { lun: self, device: &*backing.device, limits: &backing.limits, no_wait };
+        let cdb = Cdb::new(cdb);
+        let result = match command.find(&cdb) {
+            Ok(entry) if no_wait && entry.blocking == Blocking::May => return None,
+            Ok(entry) => command.admit(entry, &cdb).and_then(|()| (entry.run)(&command, &cdb, data)).inspect(|_| {
+                // A buffer that the command has no use for goes back to the initiator too.
+                if entry.direction == Direction::None {
+                    data.zero_from(0);
+                }
+            }),
+            Err(fault) => Err(fault),
+        };
+        Some(match result {
+            Ok(Reply::WouldBlock) => return None,
+            Ok(Reply::Done) => Outcome { status: Status::Good, sense: None, data_in: None },
+            Ok(Reply::DataIn(valid)) => Outcome { status: Status::Good, sense: None, data_in: Some(valid) },
+            Err(fault) => self.outcome_of(&fault),
+        })
+    }
+
+    /// CHECK CONDITION with the sense of `fault`, in the format that the mode parameters ask for. For callers that have to
+    /// answer a command which cannot be executed.
+    pub fn outcome_of(&self, fault: &Fault) -> Outcome {
+        let sense = Sense::encode(fault, self.parameters.descriptor_sense());
+        Outcome { status: Status::CheckCondition, sense: Some(sense), data_in: None }
+    }
+
+    /// Capacity in blocks.
+    pub fn blocks(&self) -> u64 {
+        self.blocks.load(Ordering::Acquire)
+    }
+
+    /// Logical block size in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.config.block_size
+    }
+
+    /// Takes a new size in bytes, no larger than the image is by now, and tells the initiator that asks next.
+    pub fn capacity_changed(&self, size: u64) -> Result<(), ConfigError> {
+        let mut backing = self.backing.write();
+        let limits = backing.device.limits();
+        if size > limits.size {
+            return Err(ConfigError::TooLarge { image: limits.size, lun: size });
+        }
+        let blocks = size / u64::from(self.config.block_size);
+        if blocks == 0 {
+            return Err(ConfigError::TooSmall(size));
+        }
+        backing.limits = limits;
+        if self.blocks.swap(blocks, Ordering::AcqRel) != blocks {
+            self.attention.raise(Triple::CAPACITY_CHANGED);
+        }
+        Ok(())
+    }
+
+    /// Puts another image behind the logical unit, once the commands under way have ended. It must not be smaller than the
+    /// unit. Returns the image that was there.
+    pub fn replace(&self, device: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>, ConfigError> {
+        let new = Backing::new(device, &self.config)?;
+        let lun = self.blocks() * u64::from(self.config.block_size);
+        if new.limits.size < lun {
+            return Err(ConfigError::TooLarge { image: new.limits.size, lun });
+        }
+        let mut backing = self.backing.write();
+        let old = std::mem::replace(&mut *backing, new);
+        self.attention.raise(Triple::INQUIRY_CHANGED);
+        Ok(old.device)
+    }
+
+    /// The image.
+    pub fn device(&self) -> Arc<dyn BlockDevice> {
+        self.backing.read().device.clone()
+    }
+
+    /// Whether writes may stay in a volatile cache (WCE).
+    pub fn write_cache(&self) -> bool {
+        self.parameters.write_cache()
+    }
+
+    /// Changes WCE. When it is turned off, everything written so far is made safe first.
+    pub fn set_write_cache(&self, on: bool) -> formats::Result<()> {
+        self.parameters.set_write_cache(on);
+        if on { Ok(()) } else { self.device().flush() }
+    }
+
+    /// Tells the initiator that asks next that space on the host runs low.
+    pub fn threshold_reached(&self) {
+        self.attention.raise(Triple::THRESHOLD_REACHED);
+    }
+}
+
+/// A command under way: what its function may use.
+pub struct Command<'a> {
+    pub(super) lun: &'a Lun,
+    pub(super) device: &'a dyn BlockDevice,
+    pub(super) limits: &'a Limits,
+    /// Give up with [`Reply::WouldBlock`] rather than wait.
+    pub(super) no_wait: bool,
+}
+
+impl Command<'_> {
+    /// The table's row for a CDB.
+    fn find(&self, cdb: &Cdb<'_>) -> Result<&'static Entry, Fault> {
+        let rows = opcode::rows(cdb.byte(0)).ok_or(Triple::INVALID_OPCODE)?;
+        let mut present = rows.iter().filter(|e| self.has(e)).peekable();
+        if present.peek().is_none() {
+            return Err(Triple::INVALID_OPCODE.into());
+        }
+        let action = cdb.byte(1) & 0x1F;
+        present.find(|e| e.action.is_none_or(|a| a == action)).ok_or(Fault::cdb(1, Some(4)))
+    }
+
+    /// The command exists on this logical unit.
+    pub(super) fn has(&self, entry: &Entry) -> bool {
+        match entry.presence {
+            Presence::Always => true,
+            Presence::Thin => self.can_unmap(),
+        }
+    }
+
+    /// The bits of the usage data that mean nothing here.
+    pub(super) fn unsupported_bits(&self, entry: &Entry) -> Option<(usize, u8)> {
+        entry.unmap_bits.filter(|_| !self.can_unmap())
+    }
+
+    /// What stands in the way of any command, in the order of precedence.
+    fn admit(&self, entry: &Entry, cdb: &Cdb<'_>) -> Result<(), Fault> {
+        if entry.access != Access::Always {
+            if let Some(condition) = self.lun.attention.take() {
+                return Err(condition.into());
+            }
+        }
+        cdb.check(entry, self.unsupported_bits(entry))?;
+        if entry.access == Access::Write {
+            if self.is_read_only() {
+                return Err(Triple::WRITE_PROTECTED.into());
+            }
+            if self.lun.parameters.software_write_protect() {
+                return Err(Triple::SOFTWARE_WRITE_PROTECTED.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Logical blocks can be unmapped (LBPME).
+    pub(super) fn can_unmap(&self) -> bool {
+        self.limits.can_discard && self.lun.config.discard && !self.is_read_only()
+    }
+
+    /// The medium cannot be written, whatever the mode parameters say.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.lun.config.read_only || self.limits.read_only
+    }
+
+    /// Logical block size in bytes.
+    pub(super) fn block_size(&self) -> u64 {
+        u64::from(self.lun.config.block_size)
+    }
+
+    /// The bytes of an extent, if it lies on the medium. An LBA beyond the last is refused even for no blocks at all.
+    pub(super) fn range(&self, lba: u64, blocks: u64) -> Result<Range<u64>, Fault> {
+        let capacity = self.lun.blocks();
+        if lba >= capacity || blocks > capacity - lba {
+            return Err(Triple::LBA_OUT_OF_RANGE.into());
+        }
+        // The capacity in bytes was an u64, so no product here overflows.
+        Ok(lba * self.block_size()..(lba + blocks) * self.block_size())
+    }
+
+    /// The same for a command that transfers the extent, which has the limit published in VPD B0.
+    pub(super) fn transfer_range(&self, extent: &Extent) -> Result<Range<u64>, Fault> {
+        let range = self.range(extent.lba, u64::from(extent.blocks))?;
+        if extent.blocks > self.lun.config.max_transfer_blocks {
+            return Err(Fault::cdb(extent.blocks_field, None));
+        }
+        Ok(range)
+    }
+
+    /// After a change of the medium: makes it safe if the initiator asked for that, or has no write cache.
+    pub(super) fn settle(&self, force_unit_access: bool) -> Result<(), Fault> {
+        if force_unit_access || !self.lun.parameters.write_cache() { self.flush() } else { Ok(()) }
+    }
+
+    /// Makes everything written safe.
+    pub(super) fn flush(&self) -> Result<(), Fault> {
+        if self.limits.read_only {
+            return Ok(());
+        }
+        self.device.flush().map_err(|e| Fault::writing(&e))
+    }
+}

@@ -1,0 +1,29 @@
+//! A SCSI disk (SPC-4, SBC-3) over a [`formats::BlockDevice`]: CDB and buffers in, status, sense and valid length out.
+//!
+//! [`Lun::execute`] is the whole interface for commands. Faults are CHECK CONDITION, never an error of Rust's: there is no
+//! CDB and no buffer that makes it fail otherwise. It knows nothing of rings or transports. The life of a command:
+//! [`opcode`] finds the command's row and with it the rules that all commands share ([`lun`]); the row's function parses its
+//! fields ([`cdb`]) and does the work; [`sense`] encodes what went wrong.
+
+mod atomic;
+mod attention;
+mod capacity;
+pub mod cdb;
+pub mod data;
+mod inquiry;
+mod io;
+pub mod lun;
+mod mode;
+pub mod opcode;
+mod provisioning;
+mod range_lock;
+mod report_opcodes;
+pub mod sense;
+mod unit;
+mod verify;
+mod vpd;
+mod write_same;
+
+pub use data::Data;
+pub use lun::{Config, ConfigError, Identity, Lun, Outcome, Status};
+pub use sense::{Fault, Sense, Triple};
