@@ -325,10 +325,10 @@ impl Command<'_> {
 
     /// What stands in the way of any command, in the order of precedence.
     fn admit(&self, entry: &Entry, cdb: &Cdb<'_>) -> Result<(), Fault> {
-        if entry.access != Access::Always {
-            if let Some(condition) = self.lun.attention.take() {
-                return Err(condition.into());
-            }
+        if entry.access != Access::Always
+            && let Some(condition) = self.lun.attention.take()
+        {
+            return Err(condition.into());
         }
         cdb.check(entry, self.unsupported_bits(entry))?;
         if entry.access == Access::Write {
