@@ -89,7 +89,22 @@ pub type Verify = Box<dyn FnOnce(&dyn Format) -> Result<()>>;
 
 /// All formats, in the order in which signatures are tried.
 pub static DRIVERS: &[Driver] = &[
-    not_yet("qcow2", &[], |h| h.has(0, b"QFI\xfb") && matches!(h.be32(4), Some(2 | 3))),
+    Driver {
+        name: "qcow2",
+        aliases: &[],
+        recognise: |h| h.has(0, b"QFI\xfb") && matches!(h.be32(4), Some(2 | 3)),
+        can: Capabilities {
+            read: true,
+            write: false,
+            discard: false,
+            cheap_zero: false,
+            parent: true,
+            check: false,
+            repair: false,
+            grow: false,
+        },
+        open: crate::qcow2::open,
+    },
     not_yet("qcow", &["qcow1"], |h| h.has(0, b"QFI\xfb") && h.be32(4) == Some(1)),
     not_yet("vhdx", &[], |h| h.has(0, b"vhdxfile")),
     not_yet("vmdk", &[], |h| {

@@ -14,6 +14,7 @@ pub mod image;
 pub mod locks;
 pub mod open;
 pub mod probe;
+pub mod qcow2;
 pub mod ranges;
 pub mod raw;
 pub mod redo;

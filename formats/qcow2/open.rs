@@ -1,0 +1,122 @@
+//! Opening an image, and what `info` says about one.
+
+use super::Qcow2;
+use super::entry::MAX_L1_BYTES;
+use super::header::{Compression, Header, LAZY_REFCOUNTS, incompatible};
+use super::l1::L1;
+use super::l2::L2Cache;
+use super::snapshots;
+use crate::drivers::{Opened, ParentRef, Request};
+use crate::error::{Error, Kind, Result};
+use crate::writeback::WriteBack;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+/// Memory for L2 tables in bytes, as in QEMU: at 64 KiB clusters the tables of 256 GiB.
+const L2_CACHE: usize = 32 << 20;
+
+/// Opens an image; see [`Driver::open`](crate::drivers::Driver::open).
+///
+/// # Errors
+/// `InvalidFormat`, `Unsupported`, `Corrupt` with the offset and reason; `InvalidOption` for a snapshot that is not there.
+pub fn open(request: Request<'_>) -> Result<Opened> {
+    let header = Header::read(&*request.store)?;
+    let stores = vec![request.store];
+    let writeback = Arc::new(WriteBack::new(stores.clone(), request.redo));
+    let geometry = header.geometry;
+    let file_len = stores[0].len().map_err(|e| Error::io("cannot find out the length of the file", e))?;
+    let (snapshots, _) = snapshots::read(&writeback, &header)?;
+    let (l1_at, l1_entries, size) = match request.snapshot_name {
+        None => (header.l1_at, header.l1_entries, header.size),
+        Some(name) => place_of_snapshot(&header, &snapshots, name)?,
+    };
+    let l1 = L1::read(&writeback, l1_at, u64::from(l1_entries), file_len)?;
+    let parent = header.backing.as_ref().map(|name| ParentRef {
+        names: vec![PathBuf::from(OsString::from_vec(name.clone()))],
+        format: header.backing_format.clone(),
+        verify: None,
+    });
+    let format = Qcow2 {
+        geometry,
+        size: AtomicU64::new(size),
+        l1,
+        l2: L2Cache::new(geometry, L2_CACHE),
+        snapshots,
+        header,
+        stores,
+        writeback: writeback.clone(),
+    };
+    Ok(Opened { format: Arc::new(format), writeback, parent })
+}
+
+/// L1 table and size of a snapshot, by its name or else its id.
+fn place_of_snapshot(header: &Header, snapshots: &[snapshots::Snapshot], name: &str) -> Result<(u64, u32, u64)> {
+    let found = snapshots.iter().find(|s| s.name == name).or_else(|| snapshots.iter().find(|s| s.id == name));
+    let Some(snapshot) = found else {
+        let names: Vec<String> = snapshots.iter().take(50).map(|s| format!("{:?}", s.name)).collect();
+        let there = if names.is_empty() { "it has none".to_owned() } else { format!("there are: {}", names.join(", ")) };
+        return Err(Error::new(Kind::InvalidOption, format!("the image has no internal snapshot {name:?}; {there}")));
+    };
+    let size = snapshot.disk_size.unwrap_or(header.size);
+    let bytes = u64::from(snapshot.l1_entries) * 8;
+    let placed = header.geometry.aligned(snapshot.l1_at) && snapshot.l1_at.checked_add(bytes).is_some_and(|end| end <= i64::MAX as u64);
+    if bytes > MAX_L1_BYTES || size > i64::MAX as u64 || u64::from(snapshot.l1_entries) < header.geometry.l1_entries_for(size) || !placed {
+        return Err(Error::corrupt(format!("the L1 table of the snapshot {name:?} is impossible")).at_offset(snapshot.l1_at));
+    }
+    Ok((snapshot.l1_at, snapshot.l1_entries, size))
+}
+
+/// See [`Format::describe`](crate::format::Format::describe): QEMU's own keys, and what else is worth knowing.
+pub(super) fn describe(image: &Qcow2) -> serde_json::Value {
+    let header = &image.header;
+    let v3 = header.geometry.version >= 3;
+    let compression = match header.compression {
+        Compression::Zlib => "zlib",
+        Compression::Zstd => "zstd",
+    };
+    let mut details = serde_json::json!({
+        "compat": if v3 { "1.1" } else { "0.10" },
+        "compression-type": compression,
+        "refcount-bits": 1u32 << header.geometry.refcount_order,
+        "cluster-size": header.geometry.cluster_size(),
+    });
+    let mut add = |key: &str, value: serde_json::Value| {
+        if let Some(map) = details.as_object_mut() {
+            map.insert(key.to_owned(), value);
+        }
+    };
+    if v3 {
+        add("lazy-refcounts", (header.compatible & LAZY_REFCOUNTS != 0).into());
+        add("corrupt", (header.incompatible & incompatible::CORRUPT != 0).into());
+        add("extended-l2", (header.incompatible & incompatible::EXTENDED_L2 != 0).into());
+        add("dirty-flag", (header.incompatible & incompatible::DIRTY != 0).into());
+    }
+    if let Some(name) = &header.backing {
+        add("backing-filename", String::from_utf8_lossy(name).into());
+    }
+    if let Some(format) = &header.backing_format {
+        add("backing-filename-format", format.as_str().into());
+    }
+    let list: Vec<serde_json::Value> = image
+        .snapshots
+        .iter()
+        .map(|s| {
+            serde_json::json!({
+                "id": s.id,
+                "name": s.name,
+                "vm-state-size": s.vm_state,
+                "date-sec": s.date.0,
+                "date-nsec": s.date.1,
+                "vm-clock-sec": s.vm_clock / 1_000_000_000,
+                "vm-clock-nsec": s.vm_clock % 1_000_000_000,
+            })
+        })
+        .collect();
+    if !list.is_empty() {
+        add("snapshots", list.into());
+    }
+    details
+}
