@@ -106,7 +106,7 @@ pub static DRIVERS: &[Driver] = &[
         open: crate::qcow2::open,
     },
     not_yet("qcow", &["qcow1"], |h| h.has(0, b"QFI\xfb") && h.be32(4) == Some(1)),
-    not_yet("vhdx", &[], |h| h.has(0, b"vhdxfile")),
+    crate::vhdx::DRIVER,
     not_yet("vmdk", &[], |h| {
         h.has(0, b"KDMV") || h.has(0, b"COWD") || h.has(0, &0xCAFE_BABE_u64.to_le_bytes()) || vmdk_descriptor(&h.head)
     }),

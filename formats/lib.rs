@@ -7,6 +7,7 @@ pub mod cache;
 pub mod device;
 pub mod drivers;
 pub mod error;
+mod field;
 pub mod format;
 pub mod gate;
 pub mod grace;
@@ -20,6 +21,7 @@ pub mod raw;
 pub mod redo;
 pub mod segments;
 pub mod store;
+pub mod vhdx;
 pub mod writeback;
 
 pub use cache::Cache;
