@@ -3,6 +3,8 @@
 //! The engine defines the trait; the daemon supplies a file in memory that survives it (and not the machine). After the death of a process the
 //! records are made again, in order, before anything else looks at the image ([`replay`]).
 
+pub mod file;
+
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::writeback::Stage;
