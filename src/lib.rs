@@ -5,3 +5,4 @@ pub mod config;
 pub mod daemon;
 pub mod image;
 pub mod scsi;
+pub mod tcmu;
