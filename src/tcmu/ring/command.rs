@@ -91,6 +91,7 @@ impl TmrKind {
 
 /// What was in the ring.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // nearly all are commands, and none is kept
 pub enum Fetched {
     /// A command to execute and complete.
     Command(Command),
@@ -109,11 +110,19 @@ pub struct Command {
     pub(super) recovered: bool,
     cdb: Cdb,
     data: Grant,
-    bidi: Grant,
+    bidi: Option<Box<Grant>>,
 }
 
 impl Command {
-    pub(super) fn new(ring: Arc<Inner>, id: u16, generation: u32, recovered: bool, cdb: Cdb, data: Grant, bidi: Grant) -> Self {
+    pub(super) fn new(
+        ring: Arc<Inner>,
+        id: u16,
+        generation: u32,
+        recovered: bool,
+        cdb: Cdb,
+        data: Grant,
+        bidi: Option<Box<Grant>>,
+    ) -> Self {
         Self { ring: Some(ring), id, generation, recovered, cdb, data, bidi }
     }
 
@@ -137,9 +146,9 @@ impl Command {
         Data { grant: &mut self.data }
     }
 
-    /// The second buffer of a bidirectional command, which goes to the initiator; empty for all others.
-    pub fn bidi(&mut self) -> Data<'_> {
-        Data { grant: &mut self.bidi }
+    /// The second buffer of a bidirectional command, which goes to the initiator; none for all others.
+    pub fn bidi(&mut self) -> Option<Data<'_>> {
+        self.bidi.as_deref_mut().map(|grant| Data { grant })
     }
 
     /// The command was in the ring when this process took it over: another process may have executed it, in part or whole.
@@ -159,7 +168,7 @@ impl Command {
 
     fn finish(&mut self, completion: Completion) {
         if let Some(ring) = self.ring.take() {
-            ring.complete(self.id, self.generation, completion, &mut self.data, &mut self.bidi);
+            ring.complete(self.id, self.generation, completion, &mut self.data, self.bidi.as_deref_mut());
         }
     }
 }

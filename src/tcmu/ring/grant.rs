@@ -25,35 +25,34 @@ pub(super) struct Span {
 pub(super) type Spans = SmallVec<[Span; 4]>;
 
 /// The buffers of one command. Held by its [`Command`](super::Command) alone, which also holds the mapping.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Grant {
     spans: Spans,
-    /// One for each of `spans`.
-    starts: SmallVec<[Start; 4]>,
+    /// Start of the region.
+    origin: Origin,
     len: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Start(NonNull<u8>);
+struct Origin(NonNull<u8>);
 
-// SAFETY: the pointer leads to memory that is lent to one `Grant` at a time and lives as long as the mapping, which the owner of
-// the `Grant` holds; nothing in it belongs to a thread.
-unsafe impl Send for Start {}
+// SAFETY: the pointer leads to memory of which the parts that are used are lent to one `Grant` at a time; the memory lives as
+// long as the mapping, which the owner of the `Grant` holds, and nothing in it belongs to a thread.
+unsafe impl Send for Origin {}
 // SAFETY: with a shared reference the memory can only be read.
-unsafe impl Sync for Start {}
+unsafe impl Sync for Origin {}
 
 impl Grant {
     /// The buffers `spans` of `region`. They must have been entered in [`Occupied`].
     pub fn new(region: &Region, spans: Spans) -> Result<Self, OutOfRegion> {
-        let mut starts = SmallVec::with_capacity(spans.len());
         let mut len = 0u64;
         for span in &spans {
             let offset = usize::try_from(span.base).map_err(|_| OutOfRegion)?;
             let bytes = usize::try_from(span.len).map_err(|_| OutOfRegion)?;
-            starts.push(Start(region.pointer(offset, bytes)?));
+            region.pointer(offset, bytes)?;
             len = len.checked_add(span.len).ok_or(OutOfRegion)?;
         }
-        Ok(Self { spans, starts, len })
+        Ok(Self { spans, origin: Origin(region.pointer(0, 0)?), len })
     }
 
     /// Sum of the lengths, in bytes.
@@ -65,23 +64,27 @@ impl Grant {
         &self.spans
     }
 
+    fn start(&self, span: &Span) -> *mut u8 {
+        self.origin.0.as_ptr().wrapping_add(span.base as usize)
+    }
+
     /// The buffers, to read from (the payload of a write).
     pub fn slices(&self) -> SmallVec<[IoSlice<'_>; 4]> {
-        let lend = |(start, span): (&Start, &Span)| {
+        let lend = |span: &Span| {
             // SAFETY: `new` checked that the bytes are inside the mapping; they are lent to this grant alone (module
             // documentation), and the shared borrow of `self` keeps `slices_mut` away.
-            IoSlice::new(unsafe { std::slice::from_raw_parts(start.0.as_ptr(), span.len as usize) })
+            IoSlice::new(unsafe { std::slice::from_raw_parts(self.start(span), span.len as usize) })
         };
-        self.starts.iter().zip(&self.spans).map(lend).collect()
+        self.spans.iter().map(lend).collect()
     }
 
     /// The buffers, to fill (the data of a read).
     pub fn slices_mut(&mut self) -> SmallVec<[IoSliceMut<'_>; 4]> {
-        let lend = |(start, span): (&Start, &Span)| {
+        let lend = |span: &Span| {
             // SAFETY: as in `slices`; the spans do not overlap, and the exclusive borrow of `self` covers them all.
-            IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(start.0.as_ptr(), span.len as usize) })
+            IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(self.start(span), span.len as usize) })
         };
-        self.starts.iter().zip(&self.spans).map(lend).collect()
+        self.spans.iter().map(lend).collect()
     }
 
     /// Zeroes everything from byte `from` on.

@@ -265,7 +265,10 @@ impl Inner {
         }
         let bounds = |OutOfRegion| RingFault::BufferBounds { id, base: 0, len: 0 };
         let data = Grant::new(&self.region, request.data).map_err(bounds)?;
-        let bidi = Grant::new(&self.region, request.bidi).map_err(bounds)?;
+        let bidi = match request.bidi.is_empty() {
+            true => None,
+            false => Some(Box::new(Grant::new(&self.region, request.bidi).map_err(bounds)?)),
+        };
         state.slots.push_command(header, request.shape);
         Ok(Command::new(Arc::clone(this), id, state.generation, state.inherited > 0, request.cdb, data, bidi))
     }
@@ -294,9 +297,9 @@ impl Inner {
         Ok(())
     }
 
-    fn complete(&self, id: u16, generation: u32, completion: Completion, data: &mut Grant, bidi: &mut Grant) {
+    fn complete(&self, id: u16, generation: u32, completion: Completion, data: &mut Grant, mut bidi: Option<&mut Grant>) {
         let takes_read_len = self.geometry.flags & abi::FLAG_READ_LEN != 0;
-        let answer = if bidi.len() > 0 { &mut *bidi } else { &mut *data };
+        let answer = bidi.as_deref_mut().unwrap_or(data);
         let mut response = Response { id, status: completion.status, ..Response::default() };
         match Unfilled::of(&completion, answer.len(), takes_read_len) {
             Unfilled::Withheld => {}
@@ -310,7 +313,9 @@ impl Inner {
 
         let mut state = self.state.lock();
         state.occupied.release(data.spans());
-        state.occupied.release(bidi.spans());
+        if let Some(bidi) = &bidi {
+            state.occupied.release(bidi.spans());
+        }
         if generation != state.generation {
             state.orphans = state.orphans.saturating_sub(1);
             return;

@@ -130,17 +130,29 @@ impl Region {
     }
 }
 
+#[cfg(test)]
+fn trace_store(offset: usize, bytes: &[u8]) {
+    store_trace::store(offset, bytes);
+}
+
+#[cfg(not(test))]
+#[inline(always)]
+fn trace_store(_: usize, _: &[u8]) {}
+
 /// Lets a test see every store in order, so that it can stop the world after each.
 #[cfg(test)]
 pub(super) mod store_trace {
     use std::cell::RefCell;
 
+    /// Offset and bytes.
+    type Store = (usize, Vec<u8>);
+
     thread_local! {
-        static STORES: RefCell<Option<Vec<(usize, Vec<u8>)>>> = const { RefCell::new(None) };
+        static STORES: RefCell<Option<Vec<Store>>> = const { RefCell::new(None) };
     }
 
-    /// Runs `work` and returns the stores that it made in this thread: offset and bytes.
-    pub fn record(work: impl FnOnce()) -> Vec<(usize, Vec<u8>)> {
+    /// Runs `work` and returns the stores that it made in this thread.
+    pub fn record(work: impl FnOnce()) -> Vec<Store> {
         STORES.with(|stores| *stores.borrow_mut() = Some(Vec::new()));
         work();
         STORES.with(|stores| stores.borrow_mut().take().unwrap_or_default())
@@ -154,12 +166,3 @@ pub(super) mod store_trace {
         });
     }
 }
-
-#[cfg(test)]
-fn trace_store(offset: usize, bytes: &[u8]) {
-    store_trace::store(offset, bytes);
-}
-
-#[cfg(not(test))]
-#[inline(always)]
-fn trace_store(_: usize, _: &[u8]) {}
