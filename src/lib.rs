@@ -5,4 +5,5 @@ pub mod config;
 pub mod daemon;
 pub mod image;
 pub mod scsi;
+pub mod serve;
 pub mod tcmu;

@@ -148,6 +148,11 @@ impl Ring {
         &self.0.name
     }
 
+    /// What dropped commands complete with.
+    pub fn failure(&self) -> Completion {
+        self.0.failure.clone()
+    }
+
     /// Takes the next entry out of the ring; none if there is none. An error means that the ring is out of service for good:
     /// commands in flight can still be completed, and nothing more will be fetched.
     pub fn fetch(&self) -> Result<Option<Fetched>, Error> {
