@@ -41,7 +41,7 @@ test-cargo: toolchain install
 	@cargo nextest --version >/dev/null 2>&1 || cargo install --locked cargo-nextest || \
 	    echo "make: cargo-nextest cannot be installed, using cargo test"
 	if cargo nextest --version >/dev/null 2>&1; then \
-	    cargo nextest run --workspace --locked --no-fail-fast --status-level slow --final-status-level fail && cargo test --workspace --locked --doc -q; \
+	    cargo nextest run --workspace --locked && cargo test --workspace --locked --doc -q; \
 	else \
 	    cargo test --workspace --locked --no-fail-fast; \
 	fi
