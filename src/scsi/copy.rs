@@ -96,7 +96,7 @@ pub fn extended_copy(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '
 /// The units that the target descriptors name.
 fn targets_of(command: &Command<'_>, descriptors: &[u8]) -> Result<Vec<Arc<State>>, Fault> {
     let mut targets = Vec::new();
-    if descriptors.len() % TARGET_LEN != 0 {
+    if !descriptors.len().is_multiple_of(TARGET_LEN) {
         return Err(Triple::PARAMETER_LIST_LENGTH_ERROR.into());
     }
     for (index, descriptor) in descriptors.as_chunks::<TARGET_LEN>().0.iter().enumerate() {

@@ -397,11 +397,15 @@ impl Command<'_> {
         {
             return Err(condition.into());
         }
+        // Before any look at the fields: an initiator may ask in just this way whether it may write.
+        if entry.access == Access::Write {
+            self.writable()?;
+        }
         cdb.check(entry, self.unsupported_bits(entry))?;
         if matches!(entry.access, Access::Medium | Access::Write) {
             self.lun.operation.admit(entry.opcode)?;
         }
-        if entry.access == Access::Write { self.writable() } else { Ok(()) }
+        Ok(())
     }
 
     /// The medium may be changed.
@@ -417,7 +421,7 @@ impl Command<'_> {
 
     /// Logical blocks can be unmapped (LBPME).
     pub(super) fn can_unmap(&self) -> bool {
-        self.limits.can_discard && self.lun.config.discard && !self.is_read_only()
+        self.limits.can_discard && self.lun.config.discard
     }
 
     /// The medium cannot be written, whatever the mode parameters say.

@@ -80,7 +80,7 @@ pub(super) fn set(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>)
     if list_len == 0 {
         return Ok(Reply::Done);
     }
-    if !(4..=MAX_LIST).contains(&list_len) || list_len % 4 != 0 {
+    if !(4..=MAX_LIST).contains(&list_len) || !list_len.is_multiple_of(4) {
         return Err(Triple::PARAMETER_LIST_LENGTH_ERROR.into());
     }
     let mut list = vec![0; usize::try_from(list_len).unwrap_or(0)];

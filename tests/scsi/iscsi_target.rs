@@ -3,6 +3,7 @@
 //! standard says, also where the kernel's target cannot.
 
 use img_tcmu::scsi::{Data, Lun, Status};
+use std::collections::VecDeque;
 use std::io::{self, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
@@ -26,7 +27,8 @@ pub fn serve(lun: Lun) -> SocketAddr {
             thread::spawn(move || {
                 stream.set_nodelay(true).unwrap();
                 // A connection that breaks off is the initiator's affair.
-                let _ = Session { stream, lun, stat_sn: 1, exp_cmd_sn: 0 }.run();
+                let session = Session { stream, lun, waiting: VecDeque::new(), stat_sn: 1, exp_cmd_sn: 0 };
+                let _ = session.run();
             });
         }
     });
@@ -58,6 +60,8 @@ impl Pdu {
 struct Session {
     stream: TcpStream,
     lun: Lun,
+    /// What came while data-out was awaited.
+    waiting: VecDeque<Pdu>,
     stat_sn: u32,
     exp_cmd_sn: u32,
 }
@@ -65,7 +69,10 @@ struct Session {
 impl Session {
     fn run(mut self) -> io::Result<()> {
         loop {
-            let pdu = self.receive()?;
+            let pdu = match self.waiting.pop_front() {
+                Some(pdu) => pdu,
+                None => self.receive()?,
+            };
             let immediate = pdu.header[0] & 0x40 != 0;
             let opcode = pdu.header[0] & 0x3F;
             if opcode == 0x03 || opcode != 0x05 && !immediate && pdu.u32(24) == self.exp_cmd_sn {
@@ -222,7 +229,8 @@ impl Session {
         while at < end {
             let pdu = self.receive()?;
             if pdu.header[0] & 0x3F != 0x05 {
-                return Err(io::Error::other("something else amid data-out"));
+                self.waiting.push_back(pdu);
+                continue;
             }
             let offset = pdu.u32(40) as usize;
             buffer[offset..offset + pdu.data.len()].copy_from_slice(&pdu.data);
