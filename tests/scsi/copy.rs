@@ -3,6 +3,7 @@
 use crate::harness::*;
 use formats::Kind;
 use img_tcmu::scsi::{Config, CopyPeers, Identity, Lun};
+use std::slice::from_ref;
 use std::sync::{Arc, Mutex};
 
 /// All the units there are.
@@ -156,14 +157,14 @@ fn lists_that_are_refused() {
     let before = disk.memory.bytes();
     let own = target(&naa(&disk), 512);
     let seg = blocks(0, 0, 10, 0, 500);
-    let good = list(1, &[own.clone()], &[seg.clone()]);
+    let good = list(1, from_ref(&own), from_ref(&seg));
     let length_error = (5, 0x1A, 0);
     for len in [1, 15, 16 + 31, good.len() - 1] {
         assert_eq!(disk.triple(&copy(len), &good), length_error);
     }
     assert_eq!(disk.triple(&copy(good.len()), &good[..20]), (5, 0x0E, 3));
-    assert_eq!(fails(&disk, &list(1, &vec![own.clone(); 9], &[seg.clone()])), (5, 0x26, 6));
-    assert_eq!(fails(&disk, &list(1, &[own.clone()], &vec![seg.clone(); 17])), (5, 0x26, 8));
+    assert_eq!(fails(&disk, &list(1, &vec![own.clone(); 9], from_ref(&seg))), (5, 0x26, 6));
+    assert_eq!(fails(&disk, &list(1, from_ref(&own), &vec![seg.clone(); 17])), (5, 0x26, 8));
     assert_eq!(fails(&disk, &list(1, &vec![own.clone(); 9], &vec![seg.clone(); 18])), length_error);
     let changed = |at: usize, value: u8| {
         let mut list = good.clone();
@@ -179,7 +180,7 @@ fn lists_that_are_refused() {
     assert_eq!(changed(51, 23), (5, 0x26, 0), "a descriptor of another length");
     assert_eq!(changed(55, 1), (0xA, 0x0D, 2), "a target that is not listed");
     for segment in [blocks(0, 0, 2, 0, 2047), blocks(0, 0, 2, u64::MAX, 0), blocks(0, 0, 2, 1 << 60, 0)] {
-        assert_eq!(fails(&disk, &list(1, &[own.clone()], &[seg.clone(), segment])), (0xA, 0, 0));
+        assert_eq!(fails(&disk, &list(1, from_ref(&own), &[seg.clone(), segment])), (0xA, 0, 0));
     }
     assert_eq!(disk.memory.bytes(), before, "nothing was copied");
     // Obsolete bits beside the device type.

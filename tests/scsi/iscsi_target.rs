@@ -241,14 +241,12 @@ impl Session {
 
     /// Sends data-in, the status in its last PDU. `asked` is what the CDB says.
     fn data_in(&mut self, request: &Pdu, data: &[u8], expected: usize, asked: usize) -> io::Result<()> {
-        let mut sn = 0;
         for (index, chunk) in data.chunks(MAX_DATA_IN).enumerate() {
             let last = (index + 1) * MAX_DATA_IN >= data.len();
             let mut pdu = Pdu::new(0x25, if last { 0x81 } else { 0 }, request);
-            pdu.put(36, sn);
+            pdu.put(36, index as u32);
             pdu.put(40, (index * MAX_DATA_IN) as u32);
             pdu.data = chunk.to_vec();
-            sn += 1;
             if last {
                 residual(&mut pdu, expected, asked);
                 return self.status(&mut pdu);
