@@ -76,8 +76,6 @@ enum Life {
     Closed,
 }
 
-static NEXT_ID: AtomicU64 = AtomicU64::new(1);
-
 impl Image {
     /// Puts an image together. The caller has opened and checked the parts ([`crate::open()`] does).
     ///
@@ -104,7 +102,7 @@ impl Image {
             discard: parts.discard,
             guard: parts.guard,
             ranges: RangeLocks::default(),
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            id: Cache::new_owner(),
             changed: AtomicBool::new(false),
             first_change: Mutex::new(()),
             life: RwLock::new(Life::Open),
@@ -133,22 +131,32 @@ impl Image {
 
     /// Looks at all metadata, and mends them if asked. Nothing else may be done with the image meanwhile (calls wait).
     pub fn check(&self, repair: bool) -> Result<CheckReport> {
-        let _alone = self.life.write();
+        let life = self.life.write();
+        if repair && !self.read_only {
+            self.begin_change(*life)?;
+        }
         self.writeback.drain(&*self.format)?;
         let report = self.format.check(repair).map_err(|e| e.at_path(&self.path))?;
         self.writeback.drain(&*self.format)?;
         Ok(report)
     }
 
-    /// Flushes and marks the file as cleanly closed; later changes fail. Done once; also when the last reference is dropped.
+    /// Flushes and marks the file as cleanly closed; later changes fail. Also done when the last reference is dropped.
+    ///
+    /// # Errors
+    /// The host's. The image is then still open, and the close can be tried again.
     pub fn close(&self) -> Result<()> {
         let mut life = self.life.write();
-        if std::mem::replace(&mut *life, Life::Closed) == Life::Closed || self.read_only {
+        if *life == Life::Closed {
             return Ok(());
         }
-        self.flush_held()?;
-        self.format.close().map_err(|e| e.at_path(&self.path))?;
-        self.writeback.drain(&*self.format)
+        if !self.read_only {
+            self.flush_held()?;
+            self.format.close().map_err(|e| e.at_path(&self.path))?;
+            self.writeback.drain(&*self.format).map_err(|e| e.at_path(&self.path))?;
+        }
+        *life = Life::Closed;
+        Ok(())
     }
 
     /// Flushes while `life` is held.
@@ -173,6 +181,7 @@ impl Image {
         if life == Life::Closed {
             return Err(Error::new(Kind::ReadOnly, "the image is closed").at_path(&self.path));
         }
+        self.writeback.check_usable().map_err(|e| e.at_path(&self.path))?;
         if self.changed.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -187,9 +196,11 @@ impl Image {
     /// Runs a change of guest data past the guard of a raw image whose format was guessed.
     fn guarded(&self, what: &Change<'_>, at: u64, change: impl FnOnce() -> Result<()>) -> Result<()> {
         match &self.guard {
-            Some(guard) => guard
-                .pass(what, at, self.size(), |buf, at| self.read(&mut [IoSliceMut::new(buf)], at), change)
-                .map_err(|e| e.at_path(&self.path)),
+            Some(guard) => {
+                let file_len = self.store(0)?.len().map_err(|e| self.io_error("cannot find out the length of the file", e, 0, 0))?;
+                let read = |buf: &mut [u8], at| self.read(&mut [IoSliceMut::new(buf)], at);
+                guard.pass(what, at, file_len, self.size(), read, change).map_err(|e| e.at_path(&self.path))
+            }
             None => change(),
         }
     }
@@ -305,6 +316,9 @@ impl BlockDevice for Image {
                 .at_path(&self.path));
         }
         if size > old {
+            if let Some(guard) = &self.guard {
+                guard.grow(old, size, |buf, at| self.read(&mut [IoSliceMut::new(buf)], at)).map_err(|e| e.at_path(&self.path))?;
+            }
             self.format.grow(size).map_err(|e| e.at_path(&self.path))?;
             self.flush_held()?;
             self.size.store(self.format.limits().size, Ordering::Release);

@@ -89,7 +89,8 @@ fn open_file(
         Some(logs) if writable => logs.begin(&file, std::slice::from_ref(&store))?,
         _ => Box::new(redo::None),
     };
-    let named = format.filter(|f| *f != "auto");
+    // "auto" is the user's word; in an image it is no format.
+    let named = format.filter(|f| !top || *f != "auto");
     let driver = match named {
         Some(name) => drivers::by_name(name)?,
         None => drivers::by_name(Head::read(&*store).map_err(|e| e.at_path(path))?.recognise().unwrap_or("raw"))?,

@@ -5,7 +5,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::{Extent, Format, FormatLimits, Place};
 use crate::store::Store;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Holes of file systems come in blocks of this size, in bytes.
 const UNIT: u64 = 4096;
@@ -16,6 +16,8 @@ pub struct Raw {
     stores: [Arc<dyn Store>; 1],
     size: AtomicU64,
     writable: bool,
+    /// The host has not yet said that it cannot give space back.
+    can_punch: AtomicBool,
 }
 
 impl Raw {
@@ -27,7 +29,7 @@ impl Raw {
         let len = store.len().map_err(|e| Error::io("cannot find out the length of the file", e))?;
         let size = len.checked_next_multiple_of(SECTOR).filter(|s| *s <= i64::MAX as u64);
         let size = size.ok_or_else(|| Error::new(Kind::InvalidOption, format!("a file of {len} bytes is too large")))?;
-        Ok(Self { stores: [store], size: AtomicU64::new(size), writable })
+        Ok(Self { stores: [store], size: AtomicU64::new(size), writable, can_punch: AtomicBool::new(true) })
     }
 
     /// Runs `change` on the part of a range that lies inside the file.
@@ -53,7 +55,7 @@ impl Format for Raw {
             unit: UNIT,
             read_only: !self.writable,
             cheap_zero: true,
-            can_discard: true,
+            can_discard: self.can_punch.load(Ordering::Relaxed),
             thin: true,
             holes_are_zeros: true,
         }
@@ -78,7 +80,12 @@ impl Format for Raw {
     }
 
     fn discard(&self, at: u64, len: u64) -> Result<u64> {
-        self.inside(at, len, |store, inside| store.punch(at, inside))
+        let done = self.inside(at, len, |store, inside| store.punch(at, inside))?;
+        // Block devices refuse parts of their sectors.
+        if done == 0 && at.is_multiple_of(UNIT) && len.is_multiple_of(UNIT) {
+            self.can_punch.store(false, Ordering::Relaxed);
+        }
+        Ok(done)
     }
 
     fn grow(&self, size: u64) -> Result<()> {

@@ -1,7 +1,9 @@
 //! Where an image's bytes are kept: positional access only, so that any number of threads share one store.
 
+pub mod failing;
 mod file;
 mod memory;
+pub mod recording;
 
 pub use file::FileStore;
 pub use memory::MemoryStore;

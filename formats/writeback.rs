@@ -18,6 +18,8 @@
 //! have dropped the pages it could not write: the buffer is then failed for good, and so is every later change and flush.
 
 mod pages;
+#[cfg(test)]
+mod tests;
 
 use crate::error::{Error, Kind, Result};
 use crate::format::Format;
@@ -83,6 +85,8 @@ struct State {
 pub struct WriteBack {
     stores: Vec<Arc<dyn Store>>,
     dirty: Vec<AtomicBool>,
+    /// Held while a store is synced: who finds its data covered by somebody else's sync waits for that to end.
+    syncing: Vec<Mutex<()>>,
     state: Mutex<State>,
     /// Held for the length of a drain: one at a time.
     drain: Mutex<()>,
@@ -99,9 +103,11 @@ impl WriteBack {
     pub fn new(stores: Vec<Arc<dyn Store>>, redo: Box<dyn RedoLog>) -> Self {
         // What somebody else wrote before us may not be durable: the first flush syncs whatever happens.
         let dirty = stores.iter().map(|_| AtomicBool::new(true)).collect();
+        let syncing = stores.iter().map(|_| Mutex::default()).collect();
         Self {
             stores,
             dirty,
+            syncing,
             state: Mutex::default(),
             drain: Mutex::default(),
             drains_started: AtomicU64::new(0),
@@ -129,6 +135,12 @@ impl WriteBack {
     /// Marks an I/O that holds mappings; see [`Grace`].
     pub fn enter(&self) -> Entered<'_> {
         self.grace.enter()
+    }
+
+    /// Any store may have been changed by other means than writes of data (space given back, ranges zeroed). Call after the change and before it is
+    /// acknowledged.
+    pub fn changed_data(&self) {
+        (0..self.dirty.len()).for_each(|store| self.wrote_data(store));
     }
 
     /// Guest data were written straight to a store. Call after the write and before it is acknowledged or committed.
@@ -181,14 +193,7 @@ impl WriteBack {
         self.check_usable()?;
         let file = self.store(store)?;
         file.write_all_at(bytes, at).map_err(|e| self.io_error("cannot write metadata", e, store, at))?;
-        self.wrote_data(store);
         self.sync_store(store)
-    }
-
-    /// Makes what has been written to the stores durable; what is pending here stays. For formats that write a log of their own.
-    pub fn sync(&self) -> Result<()> {
-        self.check_usable()?;
-        self.sync_all()
     }
 
     fn put(&self, stage: Stage, store: usize, at: u64, bytes: &[u8]) -> Result<()> {
@@ -196,6 +201,12 @@ impl WriteBack {
         self.store(store)?;
         let mut state = self.state.lock();
         let group = state.current.number;
+        // A reservation reaches the file before the publications of its group: one over a pending publication would be lost.
+        debug_assert!(
+            stage == Stage::Publish || !state.current.publish.touches(store, at, bytes.len()),
+            "a reservation of {} bytes at {at:#x} over a publication that is still pending",
+            bytes.len()
+        );
         // Under the lock, so that the mirror has the order of the buffer.
         self.redo
             .append(group, stage, store, at, bytes)
@@ -218,7 +229,8 @@ impl WriteBack {
         self.failed.load(Ordering::SeqCst)
     }
 
-    fn check_usable(&self) -> Result<()> {
+    /// Fails once a sync has failed.
+    pub(crate) fn check_usable(&self) -> Result<()> {
         if self.has_failed() {
             return Err(Error::new(
                 Kind::Io,
@@ -254,15 +266,20 @@ impl WriteBack {
         match result {
             Ok(()) => {
                 state.drained += 1;
-                if !group.freed.is_empty() {
-                    let stamp = self.grace.stamp();
-                    state.quarantine.push((stamp, group.freed));
-                }
                 // Still under the lock: nobody appends to the mirror between the question and the answer.
-                let rest = (state.current.reserve.is_empty() && state.current.publish.is_empty()).then_some(());
-                self.redo
-                    .durable(group.number, rest.is_some())
-                    .unwrap_or_else(|e| tracing::warn!(error = %e, "the redo log could not be shortened"));
+                let empty = state.current.reserve.is_empty() && state.current.publish.is_empty();
+                match self.redo.durable(group.number, empty) {
+                    Ok(()) if group.freed.is_empty() => {}
+                    Ok(()) => {
+                        let stamp = self.grace.stamp();
+                        state.quarantine.push((stamp, group.freed));
+                    }
+                    Err(error) => {
+                        // The log still holds writes to the freed space: made again after it was reused, they would destroy what is there then.
+                        tracing::warn!(%error, "the redo log could not be shortened");
+                        state.current.freed.extend(group.freed);
+                    }
+                }
             }
             Err(error) => {
                 // Older first, then what came meanwhile.
@@ -316,9 +333,11 @@ impl WriteBack {
 
     fn sync_store(&self, store: usize) -> Result<()> {
         let (Some(dirty), Some(file)) = (self.dirty.get(store), self.stores.get(store)) else { return Ok(()) };
+        let _one = self.syncing.get(store).map(|s| s.lock());
         // Cleared first: a write that completes from here on sets it again and is the next sync's.
         if !dirty.swap(false, Ordering::SeqCst) {
-            return Ok(());
+            // Whoever synced it last may have failed.
+            return self.check_usable();
         }
         file.sync().map_err(|e| {
             self.failed.store(true, Ordering::SeqCst);

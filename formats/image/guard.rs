@@ -17,11 +17,12 @@ pub struct RawGuard {
 }
 
 impl RawGuard {
-    /// Runs `change` unless it would change what the image is taken for.
+    /// Runs `change` unless it would change what the image is taken for. The device may be longer than the file, which then grows to the end of a write.
     pub(super) fn pass(
         &self,
         what: &Change<'_>,
         at: u64,
+        file_len: u64,
         size: u64,
         read: impl Fn(&mut [u8], u64) -> Result<()>,
         change: impl FnOnce() -> Result<()>,
@@ -30,28 +31,52 @@ impl RawGuard {
             Change::Bytes(bufs) => crate::segments::total(bufs),
             Change::Zeros(len) => *len,
         };
-        let head = HEAD.min(size);
-        let tail = size - TAIL.min(size);
-        if at >= head && at.saturating_add(len) <= tail {
+        let end = at.saturating_add(len);
+        let shortest = file_len.min(size);
+        if at >= HEAD.min(size) && end <= shortest - TAIL.min(shortest) {
             return change();
         }
         let _one = self.one_at_a_time.lock();
-        let look = |start: u64, len: u64| -> Result<Vec<u8>> {
-            let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-            read(&mut bytes, start)?;
-            overlay(&mut bytes, start, what, at);
-            Ok(bytes)
-        };
-        let would_be = Head { head: look(0, head)?, tail: look(tail, size - tail)?, len: size };
-        if let Some(name) = would_be.recognise() {
-            return Err(Error::new(
-                Kind::Denied,
-                format!(
-                    "the guest's write would make this raw image look like {name}, and its format was not given when it was opened; refused, since the next opening could be led to other files (give format=raw to allow it)"
-                ),
-            ));
+        // The end of the file afterwards: where it is, where the write takes it, or that of the device.
+        for would_end in [shortest, end.clamp(shortest, size), size] {
+            look(would_end, |bytes, start| {
+                read(bytes, start)?;
+                overlay(bytes, start, what, at);
+                Ok(())
+            })?;
         }
         change()
+    }
+
+    /// Whether the image may grow from `old` to `new` bytes: its end moves, and what lies before it with it.
+    pub(super) fn grow(&self, old: u64, new: u64, read: impl Fn(&mut [u8], u64) -> Result<()>) -> Result<()> {
+        let _one = self.one_at_a_time.lock();
+        look(new, |bytes, start| {
+            let there = usize::try_from(old.saturating_sub(start)).unwrap_or(usize::MAX).min(bytes.len());
+            read(&mut bytes[..there], start)
+        })
+    }
+}
+
+/// Refuses if a file of `len` bytes that holds what `read` gives bears a signature.
+fn look(len: u64, read: impl Fn(&mut [u8], u64) -> Result<()>) -> Result<()> {
+    let part = |start: u64, len: u64| -> Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        if len > 0 {
+            read(&mut bytes, start)?;
+        }
+        Ok(bytes)
+    };
+    let tail = TAIL.min(len);
+    let would_be = Head { head: part(0, HEAD.min(len))?, tail: part(len - tail, tail)?, len };
+    match would_be.recognise() {
+        None => Ok(()),
+        Some(name) => Err(Error::new(
+            Kind::Denied,
+            format!(
+                "this would make the raw image look like {name}, and its format was not given when it was opened; refused, since the next opening could be led to other files (give format=raw to allow it)"
+            ),
+        )),
     }
 }
 

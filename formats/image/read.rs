@@ -27,7 +27,7 @@ impl Image {
                     while run < len {
                         let more = self.format.map(at + run, len - run)?;
                         match more.place {
-                            Place::Data { store: s, at: h, .. } if s == store && h == host + run && more.len > 0 => {
+                            Place::Data { store: s, at: h, .. } if s == store && Some(h) == host.checked_add(run) && more.len > 0 => {
                                 run += more.len.min(len - run)
                             }
                             _ => {

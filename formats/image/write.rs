@@ -83,7 +83,7 @@ impl Image {
             while done + run < len {
                 let more = self.format.map(at + done + run, len - done - run)?;
                 match more.place {
-                    Place::Data { store: s, at: h, in_place: true } if s == store && h == host + run && more.len > 0 => {
+                    Place::Data { store: s, at: h, in_place: true } if s == store && Some(h) == host.checked_add(run) && more.len > 0 => {
                         run += more.len.min(len - done - run)
                     }
                     _ => {
@@ -227,23 +227,26 @@ impl Image {
         if start >= end {
             return self.write_zero_bytes(at, len);
         }
-        self.write_zero_bytes(at, start - at)?;
         let mut here = start;
         while here < end {
             let step = self.step_end(here, end) - here;
             let done = {
                 let (a, b) = self.units(here, step);
                 let _exclusive = self.ranges.exclusive(a, b);
-                self.format.zero(here, step, mode)?
+                let done = self.format.zero(here, step, mode)?;
+                self.writeback.changed_data();
+                done
             };
             if done == 0 {
-                if mode == ZeroMode::OnlyIfCheap {
+                // Only as long as nothing was done; what was begun is finished.
+                if mode == ZeroMode::OnlyIfCheap && here == start {
                     return Err(Error::new(Kind::Unsupported, "zeroing is not cheaper than writing here"));
                 }
                 self.write_zero_bytes(here, step)?;
             }
             here += if done == 0 { step } else { done.min(step) };
         }
+        self.write_zero_bytes(at, start - at)?;
         self.write_zero_bytes(end, at + len - end)
     }
 
@@ -255,6 +258,11 @@ impl Image {
             let (a, b) = self.units(here, step);
             let _exclusive = self.ranges.exclusive(a, b);
             let done = self.format.discard(here, step)?;
+            self.writeback.changed_data();
+            if done == 0 && !self.format.limits().can_discard {
+                // The host turned out to be unable to.
+                break;
+            }
             // The format cannot do this one; it may be able to do the next.
             here += if done == 0 { self.unit.min(step) } else { done.min(step) };
         }

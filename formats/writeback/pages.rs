@@ -105,6 +105,13 @@ impl Pages {
         }
     }
 
+    /// Whether any byte of a range is pending.
+    pub(super) fn touches(&self, store: usize, at: u64, len: usize) -> bool {
+        split(at, len).any(|(page, from, _, count)| {
+            self.0.get(&(store, page)).is_some_and(|p| p.runs().any(|run| run.start < from + count && from < run.end))
+        })
+    }
+
     /// Adds newer bytes on top.
     pub(super) fn overlay(&mut self, newer: Self) {
         for ((store, number), page) in newer.0 {
