@@ -1,0 +1,174 @@
+//! Power cuts, deaths of the process and failing disks, at every point of random runs, for every kind of image in the table.
+//!
+//! In the long mode (`FORMATS_TEST_LONG=1`) there are at least 20,000 power cuts a kind, otherwise 500.
+
+mod table;
+
+use formats::redo::{self, replay};
+use formats::store::recording::redo_at;
+use formats::store::{MemoryStore, Store};
+use formats::{BlockDevice, Image};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::path::Path;
+use std::sync::Arc;
+use table::cut::{self, Run};
+use table::operations::Operation;
+use table::{Kind, for_each_writable_kind, kind_tests, long, open, qemu, scratch, seed};
+
+/// Requests in a run.
+const OPERATIONS: usize = 150;
+/// Cuts in a run.
+const CUTS: usize = 170;
+
+fn runs() -> u64 {
+    if long() { 120 } else { 3 }
+}
+
+/// What is asked of an image after a cut.
+struct Verdict<'a> {
+    kind: &'a Kind,
+    path: &'a Path,
+}
+
+impl Verdict<'_> {
+    fn open(&self, bytes: Vec<u8>) -> Result<(Arc<Image>, Arc<MemoryStore>), String> {
+        let store = Arc::new(MemoryStore::new(bytes));
+        let image = open::over(self.kind, self.path, store.clone(), true, Box::new(redo::None))
+            .map_err(|e| format!("the image cannot be opened: {}", e.chain()))?;
+        Ok((image, store))
+    }
+
+    fn check(&self, image: &Image) -> Result<(), String> {
+        if self.kind.check {
+            let report = image.check(false).map_err(|e| format!("check failed: {}", e.chain()))?;
+            if report.corruptions > 0 {
+                return Err(format!("check found {} corruptions: {:?}", report.corruptions, report.notes));
+            }
+        }
+        Ok(())
+    }
+
+    /// QEMU's opinion of these bytes of a file.
+    fn qemu(&self, bytes: &[u8]) -> Result<(), String> {
+        if !self.kind.qemu_check {
+            return Ok(());
+        }
+        let file = tempfile::NamedTempFile::new_in(self.path.parent().unwrap()).unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        qemu::check(self.kind, file.path())
+    }
+
+    /// A power cut at `position`.
+    fn power_cut(&self, run: &Run, position: usize, seed: u64, thorough: bool) -> Result<(), String> {
+        let bytes = cut::after_power_cut(run, position, seed);
+        let (image, store) = self.open(bytes.clone())?;
+        let now = cut::content(self.kind, &image)?;
+        run.history.allowed_after_cut(&now, position)?;
+        self.check(&image)?;
+        if thorough {
+            self.qemu(&bytes)?;
+            drop(image);
+            // Life goes on: new writes must not meet what the cut left behind.
+            let mut rng = StdRng::seed_from_u64(seed);
+            let mix = cut::mix(self.kind, 4096);
+            let more = cut::operations(&mut rng, &mix, 30);
+            let next = cut::record(self.kind, self.path, bytes, now, &more).map_err(|e| format!("after the cut: {e}"))?;
+            let end = next.entries.len();
+            for position in [end, rng.random_range(0..=end), rng.random_range(0..=end)] {
+                let bytes = cut::after_power_cut(&next, position, rng.random());
+                let (image, _) = self.open(bytes.clone()).map_err(|e| format!("after the second cut: {e}"))?;
+                next.history
+                    .allowed_after_cut(&cut::content(self.kind, &image)?, position)
+                    .and_then(|()| self.check(&image))
+                    .map_err(|e| format!("after the second cut: {e}"))?;
+            }
+            drop(store);
+        }
+        Ok(())
+    }
+
+    /// The death of the process at `position`.
+    fn death(&self, run: &Run, position: usize, seed: u64) -> Result<(), String> {
+        let bytes = cut::after_death(run, position, seed);
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::new(bytes));
+        replay(&redo_at(&run.entries, position), std::slice::from_ref(&store)).map_err(|e| format!("replay: {}", e.chain()))?;
+        let image = open::over(self.kind, self.path, store, true, Box::new(redo::None))
+            .map_err(|e| format!("the image cannot be opened: {}", e.chain()))?;
+        run.history.allowed_after_death(&cut::content(self.kind, &image)?, position)?;
+        self.check(&image)
+    }
+}
+
+/// Makes an image and runs `test` on recorded runs of it, each with its seed; shrinks what fails.
+fn over_runs(kind: &Kind, runs: u64, test: impl Fn(&Verdict<'_>, &Run, u64) -> Result<(), String>) {
+    let dir = scratch();
+    let made = kind.make(dir.path());
+    let base = open::bytes(&made);
+    let unit = open::file(kind, &made.file, true).limits().granularity;
+    let verdict = Verdict { kind, path: &made.file };
+    for run_seed in seed()..seed() + runs {
+        let mut rng = StdRng::seed_from_u64(run_seed);
+        let mut mix = cut::mix(kind, unit);
+        mix.flush_one_in = [4, 12, 40][rng.random_range(0..3)];
+        let operations = cut::operations(&mut rng, &mix, OPERATIONS);
+        let attempt = |operations: &[Operation]| {
+            cut::record(kind, &made.file, base.clone(), made.content.clone(), operations).and_then(|run| test(&verdict, &run, run_seed))
+        };
+        if let Err(first) = attempt(&operations) {
+            let (fewer, why) = cut::shrink(operations, |o| attempt(o).err());
+            panic!("{}, seed {run_seed}: {first}\nshrunk to {} operations: {fewer:?}\n{why}", kind.name, fewer.len());
+        }
+    }
+}
+
+fn power_cuts(kind: &Kind) {
+    over_runs(kind, runs(), |verdict, run, seed| {
+        let mut rng = StdRng::seed_from_u64(seed);
+        for (index, position) in cut::positions(run, CUTS, &mut rng).into_iter().enumerate() {
+            let cut_seed = rng.random();
+            verdict
+                .power_cut(run, position, cut_seed, index % 50 == 0)
+                .map_err(|e| format!("power cut at {position} of {}, {cut_seed}: {e}", run.entries.len()))?;
+        }
+        Ok(())
+    });
+}
+
+fn deaths(kind: &Kind) {
+    over_runs(kind, runs(), |verdict, run, seed| {
+        let mut rng = StdRng::seed_from_u64(seed);
+        for position in cut::positions(run, CUTS, &mut rng) {
+            let cut_seed = rng.random();
+            verdict.death(run, position, cut_seed).map_err(|e| format!("death at {position} of {}, {cut_seed}: {e}", run.entries.len()))?;
+        }
+        Ok(())
+    });
+}
+
+/// Several threads at once; then cuts and deaths as above.
+fn cuts_in_a_crowd(kind: &Kind) {
+    let dir = scratch();
+    let made = kind.make(dir.path());
+    let base = open::bytes(&made);
+    let verdict = Verdict { kind, path: &made.file };
+    for run_seed in seed()..seed() + runs() {
+        let run = cut::record_crowd(kind, &made.file, base.clone(), made.content.clone(), 3, run_seed, OPERATIONS / 3)
+            .unwrap_or_else(|e| panic!("{}, seed {run_seed}: {e}", kind.name));
+        let mut rng = StdRng::seed_from_u64(run_seed);
+        for position in cut::positions(&run, CUTS, &mut rng) {
+            let cut_seed = rng.random();
+            let result = verdict.power_cut(&run, position, cut_seed, false).and_then(|()| verdict.death(&run, position, cut_seed));
+            result.unwrap_or_else(|e| panic!("{}, seed {run_seed}, cut at {position}, {cut_seed}: {e}", kind.name));
+        }
+    }
+}
+
+macro_rules! tests {
+    ($($kind:ident)*) => {
+        kind_tests!(power_cuts: $($kind)*);
+        kind_tests!(deaths: $($kind)*);
+        kind_tests!(cuts_in_a_crowd: $($kind)*);
+    };
+}
+for_each_writable_kind!(tests);

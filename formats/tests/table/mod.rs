@@ -1,0 +1,115 @@
+//! The table of image kinds that the shared tests run over: how to make one, how to open it, and who else can say whether it is in order.
+//!
+//! A kind is one function in `rows.rs` and one name in [`for_each_kind`] (and in [`for_each_writable_kind`]); every test binary beside this folder
+//! then has a test for it. Shared parts: `guest.rs` (what the guest wrote, and what it may read back), `open.rs` (files and recorded stores),
+//! `operations.rs` (random requests), `qemu.rs` (QEMU's opinion).
+//!
+//! `FORMATS_TEST_LONG=1` selects the long modes; `FORMATS_TEST_SEED=n` another run than the committed one.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+pub mod cut;
+pub mod guest;
+pub mod open;
+pub mod operations;
+pub mod qemu;
+pub mod rows;
+
+use std::path::{Path, PathBuf};
+
+/// Makes an image of a kind in a directory.
+pub type Recipe = Box<dyn Fn(&Kind, &Path) -> Made + Send + Sync>;
+
+/// One kind of image.
+pub struct Kind {
+    /// Its name in the table and in the names of tests.
+    pub name: &'static str,
+    /// The driver.
+    pub format: &'static str,
+    /// Guest size in bytes.
+    pub size: u64,
+    /// Makes an image file in a directory.
+    pub make: Recipe,
+    /// QEMU can open it (by the driver's name).
+    pub qemu: bool,
+    /// `qemu-img check` knows the format.
+    pub qemu_check: bool,
+    /// Our own `check` knows it.
+    pub check: bool,
+    /// Mends checksums in the bytes of a mutant, so that damage gets past them.
+    pub mend: fn(&mut [u8]),
+}
+
+/// An image file that a recipe has made.
+pub struct Made {
+    /// The file to open.
+    pub file: PathBuf,
+    /// The guest's bytes in it.
+    pub content: Vec<u8>,
+}
+
+impl Kind {
+    /// Makes one in `dir`.
+    pub fn make(&self, dir: &Path) -> Made {
+        let made = (self.make)(self, dir);
+        assert_eq!(made.content.len() as u64, self.size);
+        made
+    }
+}
+
+/// Whether the long modes were asked for.
+pub fn long() -> bool {
+    std::env::var_os("FORMATS_TEST_LONG").is_some_and(|v| v != "0")
+}
+
+/// The seed of this run: fixed, unless the environment says another.
+pub fn seed() -> u64 {
+    std::env::var("FORMATS_TEST_SEED").map_or(1, |s| s.parse().expect("FORMATS_TEST_SEED is a number"))
+}
+
+/// A directory that goes away with the test. In memory if there is such a place: tests sync a lot.
+pub fn scratch() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    let builder = tempfile::Builder::new();
+    if memory.is_dir() { builder.tempdir_in(memory).unwrap() } else { builder.tempdir().unwrap() }
+}
+
+/// Makes tests: `for_each_kind!(test_macro)` calls `test_macro!(name name …)`.
+#[allow(unused_macros)]
+macro_rules! for_each_kind {
+    ($tests:ident) => {
+        $tests!(raw raw_odd_length
+            qcow2 qcow2_v2 qcow2_512 qcow2_4k qcow2_2m qcow2_odd_size qcow2_refcount1 qcow2_refcount2 qcow2_refcount4 qcow2_refcount8
+            qcow2_refcount32 qcow2_refcount64 qcow2_lazy qcow2_zlib qcow2_zstd qcow2_snapshots qcow2_compressed_snapshots qcow2_bitmap
+            qcow2_on_raw qcow2_chain qcow2_v2_on_raw
+            vhdx_dynamic vhdx_fixed);
+    };
+}
+#[allow(unused_imports)]
+pub(crate) use for_each_kind;
+
+/// Likewise for those that can be written.
+#[allow(unused_macros)]
+macro_rules! for_each_writable_kind {
+    ($tests:ident) => {
+        $tests!(raw raw_odd_length);
+    };
+}
+#[allow(unused_imports)]
+pub(crate) use for_each_writable_kind;
+
+/// A module `$test` with a test of every kind's name, which calls `super::$test(kind)`.
+#[allow(unused_macros)]
+macro_rules! kind_tests {
+    ($test:ident: $($kind:ident)*) => {
+        mod $test {
+            $(
+                #[test]
+                fn $kind() {
+                    super::$test(&crate::table::rows::$kind());
+                }
+            )*
+        }
+    };
+}
+#[allow(unused_imports)]
+pub(crate) use kind_tests;
