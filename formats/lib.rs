@@ -20,6 +20,7 @@ pub mod ranges;
 pub mod raw;
 pub mod redo;
 pub mod segments;
+mod space;
 pub mod store;
 pub mod vhdx;
 pub mod writeback;

@@ -193,7 +193,14 @@ impl WriteBack {
         self.check_usable()?;
         let file = self.store(store)?;
         file.write_all_at(bytes, at).map_err(|e| self.io_error("cannot write metadata", e, store, at))?;
+        self.wrote_data(store);
         self.sync_store(store)
+    }
+
+    /// Makes what has been written to the stores durable; what is pending here stays. For formats that write a log of their own.
+    pub fn sync(&self) -> Result<()> {
+        self.check_usable()?;
+        self.sync_all()
     }
 
     fn put(&self, stage: Stage, store: usize, at: u64, bytes: &[u8]) -> Result<()> {

@@ -11,29 +11,32 @@
 //! New blocks are taken from the free space of the file or from its end, filled, and then published by an entry of the table (`update.rs`). Everything
 //! that is published goes through the log, many changes to an entry of it; headers are written in place, one copy after the other.
 
-#[allow(dead_code)] // The writing half uses the rest.
 mod bat;
-#[allow(dead_code)] // As above.
 mod bitmap;
+mod check;
+mod grow;
 mod header;
 mod locator;
 mod log;
-#[allow(dead_code)] // As above.
+mod log_writer;
 mod metadata;
 mod overlay;
-#[allow(dead_code)] // As above.
 mod region;
+mod update;
 
+use crate::device::ZeroMode;
 use crate::drivers::{Capabilities, Driver, Opened, ParentRef, Request};
 use crate::error::{Error, Result};
-use crate::format::{Extent, Format, FormatLimits, Place};
+use crate::format::{CheckReport, Extent, Format, FormatLimits, Place, Placement};
 use crate::redo::RedoLog;
+use crate::space::Space;
 use crate::store::Store;
-use crate::writeback::WriteBack;
+use crate::writeback::{Freed, MetaWrite, WriteBack};
 use bat::{Bat, Geometry, Payload};
 use bitmap::Bitmaps;
 use header::Headers;
 use locator::Locator;
+use log_writer::LogWriter;
 use metadata::Metadata;
 use overlay::Overlay;
 use parking_lot::{Mutex, RwLock};
@@ -47,16 +50,7 @@ pub(crate) const DRIVER: Driver = Driver {
     name: "vhdx",
     aliases: &[],
     recognise: |h| h.has(0, b"vhdxfile"),
-    can: Capabilities {
-        read: true,
-        write: false,
-        discard: false,
-        cheap_zero: false,
-        parent: true,
-        check: false,
-        repair: false,
-        grow: false,
-    },
+    can: Capabilities { read: true, write: true, discard: true, cheap_zero: true, parent: true, check: false, repair: false, grow: false },
     open,
 };
 
@@ -82,7 +76,6 @@ struct Layout {
 /// An open VHDX image.
 pub struct Vhdx {
     writeback: Arc<WriteBack>,
-    #[allow(dead_code)] // As above.
     writable: bool,
     headers: Mutex<Headers>,
     metadata: Metadata,
@@ -94,6 +87,11 @@ pub struct Vhdx {
     file_len: AtomicU64,
     layout: RwLock<Layout>,
     bitmaps: Bitmaps,
+    log: Mutex<LogWriter>,
+    /// Free space; known from the first change on.
+    space: Mutex<Option<Space>>,
+    /// Held while a sector bitmap is added.
+    new_bitmap: Mutex<()>,
     /// The log was replayed when the image was opened.
     replayed: bool,
 }
@@ -129,6 +127,7 @@ impl Vhdx {
             bitmaps: Bitmaps::new(writeback.clone()),
             writeback,
             writable,
+            log: Mutex::new(LogWriter::new(&headers.current, file_len)),
             headers: Mutex::new(headers),
             size: AtomicU64::new(metadata.size),
             metadata,
@@ -136,6 +135,8 @@ impl Vhdx {
             locator,
             file_len: AtomicU64::new(file_len),
             layout: RwLock::new(Layout { regions, bat }),
+            space: Mutex::new(None),
+            new_bitmap: Mutex::new(()),
             replayed,
         })
     }
@@ -212,7 +213,7 @@ impl Vhdx {
     fn data(&self, at: u64, len: u64) -> Result<Extent> {
         match self.in_file(at, len)? {
             0 => Err(Error::corrupt("the file has been cut short: a block that it should hold lies beyond its end").at_offset(at)),
-            len => Ok(Extent { len, place: Place::Data { store: 0, at, in_place: false } }),
+            len => Ok(Extent { len, place: Place::Data { store: 0, at, in_place: self.writable } }),
         }
     }
 }
@@ -255,8 +256,8 @@ impl Format for Vhdx {
             sector: self.metadata.sector,
             physical_sector: self.metadata.physical_sector,
             unit: self.geometry.block,
-            read_only: true,
-            cheap_zero: !self.metadata.fixed,
+            read_only: !self.writable,
+            cheap_zero: true,
             can_discard: !self.metadata.fixed,
             thin: !self.metadata.fixed,
             holes_are_zeros: false,
@@ -301,6 +302,51 @@ impl Format for Vhdx {
                 Ok(Extent { len, place: if parent { Place::Parent } else { Place::Zero { reserved: false } } })
             }
         }
+    }
+
+    fn prepare(&self, at: u64, len: u64) -> Result<Placement> {
+        self.place(at, len)
+    }
+
+    fn commit(&self, placement: Placement) -> Result<()> {
+        self.publish_placement(&placement)
+    }
+
+    fn cancel(&self, placement: Placement) {
+        self.cancel_placement(&placement);
+    }
+
+    fn first_write(&self) -> Result<()> {
+        self.begin_changes()
+    }
+
+    fn zero(&self, at: u64, len: u64, mode: ZeroMode) -> Result<u64> {
+        self.zero_blocks(at, len, mode)
+    }
+
+    fn discard(&self, at: u64, len: u64) -> Result<u64> {
+        self.discard_blocks(at, len)
+    }
+
+    fn log(&self, writes: &[MetaWrite]) -> Result<bool> {
+        self.write_log(writes)?;
+        Ok(true)
+    }
+
+    fn reclaim(&self, freed: &[Freed]) -> Result<()> {
+        self.reclaim_space(freed)
+    }
+
+    fn grow(&self, size: u64) -> Result<()> {
+        self.grow_to(size)
+    }
+
+    fn check(&self, repair: bool) -> Result<CheckReport> {
+        self.look_for_damage(repair)
+    }
+
+    fn close(&self) -> Result<()> {
+        if self.writable { self.close_log() } else { Ok(()) }
     }
 
     fn identity(&self) -> Option<String> {

@@ -17,7 +17,8 @@ pub fn compare_and_write(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'
     let range = command.range(cdb.u64(2), u64::from(cdb.byte(13)))?;
     let len = range.end - range.start;
     if len == 0 {
-        return Ok(Reply::Done);
+        // With data, it is the number of blocks that did not fit its field.
+        return if data.is_empty() { Ok(Reply::Done) } else { Err(Fault::cdb(13, None)) };
     }
     if data.len() != 2 * len {
         return Err(Triple::INVALID_FIELD_IN_COMMAND_IU.into());

@@ -2,7 +2,7 @@
 
 use crate::scsi::cdb::Cdb;
 use crate::scsi::data::Data;
-use crate::scsi::lun::{Command, Identity};
+use crate::scsi::lun::Command;
 use crate::scsi::opcode::Reply;
 use crate::scsi::sense::Fault;
 use crate::scsi::vpd;
@@ -20,15 +20,18 @@ pub fn inquiry(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>) ->
     if page != 0 {
         return Err(Fault::cdb(2, None));
     }
-    Ok(Reply::DataIn(data.reply(&standard(&command.lun.identity), allocation_len)))
+    Ok(Reply::DataIn(data.reply(&standard(command), allocation_len)))
 }
 
 /// The standard data of a disk.
-fn standard(identity: &Identity) -> [u8; 96] {
+fn standard(command: &Command<'_>) -> [u8; 96] {
+    let identity = &command.lun.identity;
+    let port_groups = command.lun.ports.as_ref().map_or(0, |ports| ports.modes() & 3);
     let mut reply = [0; 96];
     reply[2] = 0x06; // SPC-4
     reply[3] = 0x12; // HISUP, response data format 2
     reply[4] = 96 - 5;
+    reply[5] = port_groups << 4 | 0x08; // TPGS, 3PC
     reply[7] = 0x02; // CMDQUE
     reply[8..16].copy_from_slice(&ascii::<8>(&identity.vendor));
     reply[16..32].copy_from_slice(&ascii::<16>(&identity.product));

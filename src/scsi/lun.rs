@@ -5,9 +5,14 @@
 
 use crate::scsi::attention::Attention;
 use crate::scsi::cdb::{Cdb, Extent};
+use crate::scsi::copy::CopyPeers;
+use crate::scsi::copy_results::Copies;
 use crate::scsi::data::Data;
+use crate::scsi::log::Counters;
 use crate::scsi::mode::Parameters;
 use crate::scsi::opcode::{self, Access, Blocking, Direction, Entry, Presence, Reply};
+use crate::scsi::operation::Operation;
+use crate::scsi::ports::TargetPorts;
 use crate::scsi::range_lock::RangeLock;
 use crate::scsi::sense::{Fault, Sense, Triple};
 use formats::{BlockDevice, Limits};
@@ -89,6 +94,8 @@ pub struct Config {
     pub max_transfer_blocks: u32,
     /// The transfer length that suits best in blocks (VPD B0); 0 says nothing.
     pub optimal_transfer_blocks: u32,
+    /// The kernel answers reservations (its `emulate_pr`), so that they are among the supported operation codes.
+    pub kernel_reservations: bool,
 }
 
 impl Default for Config {
@@ -101,6 +108,7 @@ impl Default for Config {
             discard: true,
             max_transfer_blocks: 1 << 16,
             optimal_transfer_blocks: 0,
+            kernel_reservations: true,
         }
     }
 }
@@ -132,8 +140,14 @@ pub enum ConfigError {
     },
 }
 
-/// A logical unit.
+/// A logical unit. Clones are the same unit.
+#[derive(Clone)]
 pub struct Lun {
+    pub(super) state: Arc<State>,
+}
+
+/// What a logical unit is made of. Operations that outlive their command hold it.
+pub struct State {
     backing: RwLock<Backing>,
     pub(super) identity: Identity,
     pub(super) config: Config,
@@ -142,6 +156,11 @@ pub struct Lun {
     pub(super) parameters: Parameters,
     pub(super) ranges: RangeLock,
     pub(super) attention: Attention,
+    pub(super) operation: Operation,
+    pub(super) copies: Copies,
+    pub(super) counters: Counters,
+    pub(super) ports: Option<Arc<dyn TargetPorts>>,
+    pub(super) peers: Option<Arc<dyn CopyPeers>>,
 }
 
 /// The image behind a logical unit, and what it said of itself when it was put there.
@@ -163,8 +182,20 @@ impl Backing {
 }
 
 impl Lun {
-    /// A logical unit over `device`.
+    /// A logical unit over `device` that knows of no target ports and no other units.
     pub fn new(device: Arc<dyn BlockDevice>, identity: Identity, config: Config) -> Result<Self, ConfigError> {
+        Self::with_surroundings(device, identity, config, None, None)
+    }
+
+    /// A logical unit over `device`. With `ports` it reports (and may change) target port group states; with `peers`
+    /// EXTENDED COPY reaches other units.
+    pub fn with_surroundings(
+        device: Arc<dyn BlockDevice>,
+        identity: Identity,
+        config: Config,
+        ports: Option<Arc<dyn TargetPorts>>,
+        peers: Option<Arc<dyn CopyPeers>>,
+    ) -> Result<Self, ConfigError> {
         let backing = Backing::new(device, &config)?;
         let size = config.size.unwrap_or(backing.limits.size);
         if size > backing.limits.size {
@@ -174,7 +205,7 @@ impl Lun {
         if blocks == 0 {
             return Err(ConfigError::TooSmall(size));
         }
-        Ok(Self {
+        let state = State {
             backing: RwLock::new(backing),
             identity,
             blocks: AtomicU64::new(blocks),
@@ -182,7 +213,13 @@ impl Lun {
             config,
             ranges: RangeLock::default(),
             attention: Attention::default(),
-        })
+            operation: Operation::default(),
+            copies: Copies::default(),
+            counters: Counters::default(),
+            ports,
+            peers,
+        };
+        Ok(Self { state: Arc::new(state) })
     }
 
     /// Does one command. Thread-safe: as many at once as callers like.
@@ -197,8 +234,8 @@ impl Lun {
     }
 
     fn run(&self, cdb: &[u8], data: &mut Data<'_, '_>, no_wait: bool) -> Option<Outcome> {
-        let backing = if no_wait { self.backing.try_read()? } else { self.backing.read() };
-        let command = Command { lun: self, device: &*backing.device, limits: &backing.limits, no_wait };
+        let backing = if no_wait { self.state.backing.try_read()? } else { self.state.backing.read() };
+        let command = Command { lun: &self.state, device: &*backing.device, limits: &backing.limits, no_wait };
         let cdb = Cdb::new(cdb);
         let result = match command.find(&cdb) {
             Ok(entry) if no_wait && entry.blocking == Blocking::May => return None,
@@ -214,41 +251,44 @@ impl Lun {
             Ok(Reply::WouldBlock) => return None,
             Ok(Reply::Done) => Outcome { status: Status::Good, sense: None, data_in: None },
             Ok(Reply::DataIn(valid)) => Outcome { status: Status::Good, sense: None, data_in: Some(valid) },
-            Err(fault) => self.outcome_of(&fault),
+            Err(fault) => {
+                self.state.counters.count(&fault);
+                self.outcome_of(&fault)
+            }
         })
     }
 
     /// CHECK CONDITION with the sense of `fault`, in the format that the mode parameters ask for. For callers that have to
     /// answer a command which cannot be executed.
     pub fn outcome_of(&self, fault: &Fault) -> Outcome {
-        let sense = Sense::encode(fault, self.parameters.descriptor_sense());
+        let sense = Sense::encode(fault, self.state.parameters.descriptor_sense());
         Outcome { status: Status::CheckCondition, sense: Some(sense), data_in: None }
     }
 
     /// Capacity in blocks.
     pub fn blocks(&self) -> u64 {
-        self.blocks.load(Ordering::Acquire)
+        self.state.blocks()
     }
 
     /// Logical block size in bytes.
     pub fn block_size(&self) -> u32 {
-        self.config.block_size
+        self.state.block_size()
     }
 
     /// Takes a new size in bytes, no larger than the image is by now, and tells the initiator that asks next.
     pub fn capacity_changed(&self, size: u64) -> Result<(), ConfigError> {
-        let mut backing = self.backing.write();
+        let mut backing = self.state.backing.write();
         let limits = backing.device.limits();
         if size > limits.size {
             return Err(ConfigError::TooLarge { image: limits.size, lun: size });
         }
-        let blocks = size / u64::from(self.config.block_size);
+        let blocks = size / u64::from(self.state.config.block_size);
         if blocks == 0 {
             return Err(ConfigError::TooSmall(size));
         }
         backing.limits = limits;
-        if self.blocks.swap(blocks, Ordering::AcqRel) != blocks {
-            self.attention.raise(Triple::CAPACITY_CHANGED);
+        if self.state.blocks.swap(blocks, Ordering::AcqRel) != blocks {
+            self.state.attention.raise(Triple::CAPACITY_CHANGED);
         }
         Ok(())
     }
@@ -256,42 +296,66 @@ impl Lun {
     /// Puts another image behind the logical unit, once the commands under way have ended. It must not be smaller than the
     /// unit. Returns the image that was there.
     pub fn replace(&self, device: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>, ConfigError> {
-        let new = Backing::new(device, &self.config)?;
-        let lun = self.blocks() * u64::from(self.config.block_size);
+        let new = Backing::new(device, &self.state.config)?;
+        let lun = self.blocks() * u64::from(self.state.config.block_size);
         if new.limits.size < lun {
             return Err(ConfigError::TooLarge { image: new.limits.size, lun });
         }
-        let mut backing = self.backing.write();
+        let mut backing = self.state.backing.write();
         let old = std::mem::replace(&mut *backing, new);
-        self.attention.raise(Triple::INQUIRY_CHANGED);
+        self.state.attention.raise(Triple::INQUIRY_CHANGED);
         Ok(old.device)
     }
 
     /// The image.
     pub fn device(&self) -> Arc<dyn BlockDevice> {
-        self.backing.read().device.clone()
+        self.state.backing.read().device.clone()
     }
 
     /// Whether writes may stay in a volatile cache (WCE).
     pub fn write_cache(&self) -> bool {
-        self.parameters.write_cache()
+        self.state.parameters.write_cache()
     }
 
     /// Changes WCE. When it is turned off, everything written so far is made safe first.
     pub fn set_write_cache(&self, on: bool) -> formats::Result<()> {
-        self.parameters.set_write_cache(on);
+        self.state.parameters.set_write_cache(on);
         if on { Ok(()) } else { self.device().flush() }
     }
 
     /// Tells the initiator that asks next that space on the host runs low.
     pub fn threshold_reached(&self) {
-        self.attention.raise(Triple::THRESHOLD_REACHED);
+        self.state.attention.raise(Triple::THRESHOLD_REACHED);
+    }
+}
+
+impl State {
+    /// Capacity in blocks.
+    pub(super) fn blocks(&self) -> u64 {
+        self.blocks.load(Ordering::Acquire)
+    }
+
+    /// Logical block size in bytes.
+    pub(super) fn block_size(&self) -> u32 {
+        self.config.block_size
+    }
+
+    /// Calls `run` with the image held in place, unless somebody is about to replace it.
+    pub(super) fn with_command<R>(self: &Arc<Self>, run: impl FnOnce(&Command<'_>) -> R) -> Option<R> {
+        let backing = self.backing.try_read()?;
+        Some(run(&Command { lun: self, device: &*backing.device, limits: &backing.limits, no_wait: false }))
+    }
+
+    /// The same, waiting for the replacement. Not for a thread that holds another unit's image.
+    pub(super) fn with_command_waiting<R>(self: &Arc<Self>, run: impl FnOnce(&Command<'_>) -> R) -> R {
+        let backing = self.backing.read();
+        run(&Command { lun: self, device: &*backing.device, limits: &backing.limits, no_wait: false })
     }
 }
 
 /// A command under way: what its function may use.
 pub struct Command<'a> {
-    pub(super) lun: &'a Lun,
+    pub(super) lun: &'a Arc<State>,
     pub(super) device: &'a dyn BlockDevice,
     pub(super) limits: &'a Limits,
     /// Give up with [`Reply::WouldBlock`] rather than wait.
@@ -315,6 +379,9 @@ impl Command<'_> {
         match entry.presence {
             Presence::Always => true,
             Presence::Thin => self.can_unmap(),
+            Presence::Ports(mode) => self.lun.ports.as_ref().is_some_and(|ports| ports.modes() & mode != 0),
+            Presence::Kernel => self.lun.config.kernel_reservations,
+            Presence::KernelAlways => true,
         }
     }
 
@@ -330,21 +397,31 @@ impl Command<'_> {
         {
             return Err(condition.into());
         }
-        cdb.check(entry, self.unsupported_bits(entry))?;
+        // Before any look at the fields: an initiator may ask in just this way whether it may write.
         if entry.access == Access::Write {
-            if self.is_read_only() {
-                return Err(Triple::WRITE_PROTECTED.into());
-            }
-            if self.lun.parameters.software_write_protect() {
-                return Err(Triple::SOFTWARE_WRITE_PROTECTED.into());
-            }
+            self.writable()?;
+        }
+        cdb.check(entry, self.unsupported_bits(entry))?;
+        if matches!(entry.access, Access::Medium | Access::Write) {
+            self.lun.operation.admit(entry.opcode)?;
+        }
+        Ok(())
+    }
+
+    /// The medium may be changed.
+    pub(super) fn writable(&self) -> Result<(), Fault> {
+        if self.is_read_only() {
+            return Err(Triple::WRITE_PROTECTED.into());
+        }
+        if self.lun.parameters.software_write_protect() {
+            return Err(Triple::SOFTWARE_WRITE_PROTECTED.into());
         }
         Ok(())
     }
 
     /// Logical blocks can be unmapped (LBPME).
     pub(super) fn can_unmap(&self) -> bool {
-        self.limits.can_discard && self.lun.config.discard && !self.is_read_only()
+        self.limits.can_discard && self.lun.config.discard
     }
 
     /// The medium cannot be written, whatever the mode parameters say.

@@ -5,7 +5,10 @@ use crate::scsi::cdb::Cdb;
 use crate::scsi::data::Data;
 use crate::scsi::lun::Command;
 use crate::scsi::sense::Fault;
-use crate::scsi::{atomic, capacity, inquiry, io, mode, provisioning, report_opcodes, unit, verify, write_same};
+use crate::scsi::{
+    atomic, capacity, copy, copy_results, defects, inquiry, io, log, mode, ports, provisioning, report_opcodes, sanitize, unit, verify,
+    write_same,
+};
 
 /// What a command that ended well leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +66,12 @@ pub enum Presence {
     Always,
     /// When logical blocks can be unmapped (LBPME).
     Thin,
+    /// When target port groups are known whose access states change in one of the ways of this mask (TPGS).
+    Ports(u8),
+    /// The kernel answers it, if it emulates reservations: it is reported, and refused should it come here.
+    Kernel,
+    /// The kernel answers it.
+    KernelAlways,
 }
 
 /// A row of the table.
@@ -147,6 +156,8 @@ const ROW: Entry = Entry {
 
 /// Timeout of commands whose work grows with a range that may be large.
 const LONG: (u32, u32) = (10, 120);
+/// Timeout of commands that work on the whole medium.
+const VERY_LONG: (u32, u32) = (600, 86_400);
 
 /// FUA_NV and RELADR, both obsolete, in byte 1 of reads and writes; the group number of 10-byte commands.
 const IGNORED_10: &[(usize, u8)] = &[(1, 0x03), (6, 0x3F)];
@@ -179,6 +190,17 @@ pub const TABLE: &[Entry] = &[
         blocking: Blocking::Never,
         usage: &[0x03, 0x01, 0, 0, FF, 0],
         run: unit::request_sense,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x04,
+        name: "FORMAT UNIT",
+        direction: Direction::Out,
+        access: Access::Write,
+        // FMTDATA, CMPLST and the defect list format.
+        usage: &[0x04, 0x3F, 0, 0, 0, 0],
+        timeout: VERY_LONG,
+        run: sanitize::format_unit,
         ..ROW
     },
     Entry {
@@ -218,6 +240,8 @@ pub const TABLE: &[Entry] = &[
         run: mode::select_6,
         ..ROW
     },
+    Entry { opcode: 0x16, name: "RESERVE (6)", presence: Presence::Kernel, usage: &[0x16, 0, 0, 0, 0, 0], run: unit::kernels_own, ..ROW },
+    Entry { opcode: 0x17, name: "RELEASE (6)", presence: Presence::Kernel, usage: &[0x17, 0, 0, 0, 0, 0], run: unit::kernels_own, ..ROW },
     Entry {
         opcode: 0x1A,
         name: "MODE SENSE (6)",
@@ -229,6 +253,16 @@ pub const TABLE: &[Entry] = &[
         ..ROW
     },
     Entry { opcode: 0x1B, name: "START STOP UNIT", usage: &[0x1B, 0x01, 0, 0, 0x07, 0], run: unit::start_stop, ..ROW },
+    Entry {
+        opcode: 0x1D,
+        name: "SEND DIAGNOSTIC",
+        direction: Direction::Out,
+        access: Access::Parameters,
+        blocking: Blocking::Never,
+        usage: &[0x1D, 0x04, 0, 0, 0, 0],
+        run: unit::send_diagnostic,
+        ..ROW
+    },
     Entry {
         opcode: 0x25,
         name: "READ CAPACITY (10)",
@@ -298,6 +332,16 @@ pub const TABLE: &[Entry] = &[
         ..ROW
     },
     Entry {
+        opcode: 0x37,
+        name: "READ DEFECT DATA (10)",
+        direction: Direction::In,
+        access: Access::Parameters,
+        blocking: Blocking::Never,
+        usage: &[0x37, 0, 0x1F, 0, 0, 0, 0, FF, FF, 0],
+        run: defects::read_defect_data_10,
+        ..ROW
+    },
+    Entry {
         opcode: 0x41,
         name: "WRITE SAME (10)",
         direction: Direction::Out,
@@ -322,12 +366,69 @@ pub const TABLE: &[Entry] = &[
         ..ROW
     },
     Entry {
+        opcode: 0x48,
+        action: Some(0x01),
+        name: "SANITIZE, OVERWRITE",
+        direction: Direction::Out,
+        access: Access::Write,
+        usage: &[0x48, 0xA0, 0, 0, 0, 0, 0, FF, FF, 0],
+        timeout: VERY_LONG,
+        run: sanitize::overwrite,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x48,
+        action: Some(0x02),
+        name: "SANITIZE, BLOCK ERASE",
+        access: Access::Write,
+        presence: Presence::Thin,
+        usage: &[0x48, 0xA0, 0, 0, 0, 0, 0, FF, FF, 0],
+        timeout: VERY_LONG,
+        run: sanitize::block_erase,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x48,
+        action: Some(0x1F),
+        name: "SANITIZE, EXIT FAILURE MODE",
+        access: Access::Write,
+        usage: &[0x48, 0xA0, 0, 0, 0, 0, 0, FF, FF, 0],
+        run: sanitize::exit_failure_mode,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x4D,
+        name: "LOG SENSE",
+        direction: Direction::In,
+        access: Access::Parameters,
+        blocking: Blocking::Never,
+        usage: &[0x4D, 0, FF, FF, 0, FF, FF, FF, FF, 0],
+        run: log::log_sense,
+        ..ROW
+    },
+    Entry {
         opcode: 0x55,
         name: "MODE SELECT (10)",
         direction: Direction::Out,
         access: Access::Parameters,
         usage: &[0x55, 0x11, 0, 0, 0, 0, 0, FF, FF, 0],
         run: mode::select_10,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x56,
+        name: "RESERVE (10)",
+        presence: Presence::Kernel,
+        usage: &[0x56, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x57,
+        name: "RELEASE (10)",
+        presence: Presence::Kernel,
+        usage: &[0x57, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        run: unit::kernels_own,
         ..ROW
     },
     Entry {
@@ -338,6 +439,157 @@ pub const TABLE: &[Entry] = &[
         blocking: Blocking::Never,
         usage: &[0x5A, 0x18, FF, FF, 0, 0, 0, FF, FF, 0],
         run: mode::sense_10,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5E,
+        action: Some(0x00),
+        name: "PERSISTENT RESERVE IN, READ KEYS",
+        direction: Direction::In,
+        presence: Presence::Kernel,
+        usage: &[0x5E, 0, 0, 0, 0, 0, 0, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5E,
+        action: Some(0x01),
+        name: "PERSISTENT RESERVE IN, READ RESERVATION",
+        direction: Direction::In,
+        presence: Presence::Kernel,
+        usage: &[0x5E, 0, 0, 0, 0, 0, 0, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5E,
+        action: Some(0x02),
+        name: "PERSISTENT RESERVE IN, REPORT CAPABILITIES",
+        direction: Direction::In,
+        presence: Presence::Kernel,
+        usage: &[0x5E, 0, 0, 0, 0, 0, 0, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5E,
+        action: Some(0x03),
+        name: "PERSISTENT RESERVE IN, READ FULL STATUS",
+        direction: Direction::In,
+        presence: Presence::Kernel,
+        usage: &[0x5E, 0, 0, 0, 0, 0, 0, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5F,
+        action: Some(0x00),
+        name: "PERSISTENT RESERVE OUT, REGISTER",
+        direction: Direction::Out,
+        presence: Presence::Kernel,
+        usage: &[0x5F, 0, FF, 0, 0, FF, FF, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5F,
+        action: Some(0x01),
+        name: "PERSISTENT RESERVE OUT, RESERVE",
+        direction: Direction::Out,
+        presence: Presence::Kernel,
+        usage: &[0x5F, 0, FF, 0, 0, FF, FF, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5F,
+        action: Some(0x02),
+        name: "PERSISTENT RESERVE OUT, RELEASE",
+        direction: Direction::Out,
+        presence: Presence::Kernel,
+        usage: &[0x5F, 0, FF, 0, 0, FF, FF, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5F,
+        action: Some(0x03),
+        name: "PERSISTENT RESERVE OUT, CLEAR",
+        direction: Direction::Out,
+        presence: Presence::Kernel,
+        usage: &[0x5F, 0, FF, 0, 0, FF, FF, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5F,
+        action: Some(0x04),
+        name: "PERSISTENT RESERVE OUT, PREEMPT",
+        direction: Direction::Out,
+        presence: Presence::Kernel,
+        usage: &[0x5F, 0, FF, 0, 0, FF, FF, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5F,
+        action: Some(0x05),
+        name: "PERSISTENT RESERVE OUT, PREEMPT AND ABORT",
+        direction: Direction::Out,
+        presence: Presence::Kernel,
+        usage: &[0x5F, 0, FF, 0, 0, FF, FF, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5F,
+        action: Some(0x06),
+        name: "PERSISTENT RESERVE OUT, REGISTER AND IGNORE EXISTING KEY",
+        direction: Direction::Out,
+        presence: Presence::Kernel,
+        usage: &[0x5F, 0, FF, 0, 0, FF, FF, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x5F,
+        action: Some(0x07),
+        name: "PERSISTENT RESERVE OUT, REGISTER AND MOVE",
+        direction: Direction::Out,
+        presence: Presence::Kernel,
+        usage: &[0x5F, 0, FF, 0, 0, FF, FF, FF, FF, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x83,
+        action: Some(0x00),
+        name: "EXTENDED COPY (LID1)",
+        direction: Direction::Out,
+        usage: &[0x83, 0, 0, 0, 0, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0],
+        timeout: LONG,
+        run: copy::extended_copy,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x84,
+        action: Some(0x00),
+        name: "RECEIVE COPY STATUS (LID1)",
+        direction: Direction::In,
+        blocking: Blocking::Never,
+        usage: &[0x84, 0, FF, 0, 0, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0],
+        run: copy_results::copy_status,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x84,
+        action: Some(0x03),
+        name: "RECEIVE COPY OPERATING PARAMETERS",
+        direction: Direction::In,
+        access: Access::Parameters,
+        blocking: Blocking::Never,
+        usage: &[0x84, 0, 0, 0, 0, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0],
+        run: copy_results::operating_parameters,
         ..ROW
     },
     Entry {
@@ -450,6 +702,26 @@ pub const TABLE: &[Entry] = &[
         ..ROW
     },
     Entry {
+        opcode: 0xA0,
+        name: "REPORT LUNS",
+        direction: Direction::In,
+        presence: Presence::KernelAlways,
+        usage: &[0xA0, 0, FF, 0, 0, 0, FF, FF, FF, FF, 0, 0],
+        run: unit::kernels_own,
+        ..ROW
+    },
+    Entry {
+        opcode: 0xA3,
+        action: Some(0x0A),
+        name: "REPORT TARGET PORT GROUPS",
+        direction: Direction::In,
+        access: Access::Parameters,
+        presence: Presence::Ports(ports::IMPLICIT | ports::EXPLICIT),
+        usage: &[0xA3, 0xE0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0],
+        run: ports::report,
+        ..ROW
+    },
+    Entry {
         opcode: 0xA3,
         action: Some(0x0C),
         name: "REPORT SUPPORTED OPERATION CODES",
@@ -458,6 +730,28 @@ pub const TABLE: &[Entry] = &[
         blocking: Blocking::Never,
         usage: &[0xA3, 0, 0x87, FF, FF, FF, FF, FF, FF, FF, 0, 0],
         run: report_opcodes::report,
+        ..ROW
+    },
+    Entry {
+        opcode: 0xA3,
+        action: Some(0x0D),
+        name: "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS",
+        direction: Direction::In,
+        access: Access::Parameters,
+        blocking: Blocking::Never,
+        usage: &[0xA3, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0],
+        run: unit::task_management_functions,
+        ..ROW
+    },
+    Entry {
+        opcode: 0xA4,
+        action: Some(0x0A),
+        name: "SET TARGET PORT GROUPS",
+        direction: Direction::Out,
+        access: Access::Parameters,
+        presence: Presence::Ports(ports::EXPLICIT),
+        usage: &[0xA4, 0, 0, 0, 0, 0, FF, FF, FF, FF, 0, 0],
+        run: ports::set,
         ..ROW
     },
     Entry {
@@ -497,6 +791,16 @@ pub const TABLE: &[Entry] = &[
         usage: &[0xAF, 0x16, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0],
         ignored: GROUP_12,
         run: verify::verify_12,
+        ..ROW
+    },
+    Entry {
+        opcode: 0xB7,
+        name: "READ DEFECT DATA (12)",
+        direction: Direction::In,
+        access: Access::Parameters,
+        blocking: Blocking::Never,
+        usage: &[0xB7, 0x1F, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0],
+        run: defects::read_defect_data_12,
         ..ROW
     },
 ];

@@ -66,6 +66,8 @@ impl Triple {
     pub const INQUIRY_CHANGED: Self = Self::new(0x6, 0x3F, 0x03);
     /// THIN PROVISIONING SOFT THRESHOLD REACHED.
     pub const THRESHOLD_REACHED: Self = Self::new(0x6, 0x38, 0x07);
+    /// SET TARGET PORT GROUPS COMMAND FAILED.
+    pub const SET_TARGET_PORT_GROUPS_FAILED: Self = Self::new(0x4, 0x67, 0x0A);
     /// WRITE PROTECTED.
     pub const WRITE_PROTECTED: Self = Self::new(0x7, 0x27, 0x00);
     /// LOGICAL UNIT SOFTWARE WRITE PROTECTED.

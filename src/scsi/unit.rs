@@ -1,4 +1,5 @@
-//! TEST UNIT READY, REQUEST SENSE and START STOP UNIT.
+//! TEST UNIT READY, REQUEST SENSE, START STOP UNIT, SEND DIAGNOSTIC, REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS: commands
+//! about the unit as a whole.
 
 use crate::scsi::cdb::Cdb;
 use crate::scsi::data::Data;
@@ -10,9 +11,10 @@ pub fn test_unit_ready(_: &Command<'_>, _: &Cdb<'_>, _: &mut Data<'_, '_>) -> Re
     Ok(Reply::Done)
 }
 
-/// A pending unit attention as parameter data, or nothing to report; DESC chooses the format (SPC-4 6.39).
+/// A pending unit attention as parameter data, or how far a long operation is, or nothing to report; DESC chooses the format (SPC-4 6.39).
 pub fn request_sense(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>) -> Result<Reply, Fault> {
-    let fault = Fault::from(command.lun.attention.take().unwrap_or(Triple::NO_SENSE));
+    let pending = command.lun.attention.take().map(Fault::from);
+    let fault = pending.or_else(|| command.lun.operation.state()).unwrap_or(Triple::NO_SENSE.into());
     let sense = Sense::encode(&fault, cdb.has(1, 0x01));
     Ok(Reply::DataIn(data.reply(sense.as_bytes(), u64::from(cdb.byte(4)))))
 }
@@ -28,4 +30,19 @@ pub fn start_stop(command: &Command<'_>, cdb: &Cdb<'_>, _: &mut Data<'_, '_>) ->
         command.flush()?;
     }
     Ok(Reply::Done)
+}
+
+/// The default self-test, which has nothing to test that a command would not find (SPC-4 6.42).
+pub fn send_diagnostic(_: &Command<'_>, _: &Cdb<'_>, _: &mut Data<'_, '_>) -> Result<Reply, Fault> {
+    Ok(Reply::Done)
+}
+
+/// Those that the kernel's target core does: ABORT TASK and LOGICAL UNIT RESET (SPC-4 6.36).
+pub fn task_management_functions(_: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>) -> Result<Reply, Fault> {
+    Ok(Reply::DataIn(data.reply(&[0x88, 0, 0, 0], u64::from(cdb.u32(6)))))
+}
+
+/// A command that the kernel answers should not arrive here; if it does, the kernel does not answer it.
+pub fn kernels_own(_: &Command<'_>, _: &Cdb<'_>, _: &mut Data<'_, '_>) -> Result<Reply, Fault> {
+    Err(Triple::INVALID_OPCODE.into())
 }

@@ -1,7 +1,9 @@
 //! Vital product data pages (SPC-4 7.8, SBC-3 6.6): one function a page, and the table that page 00h lists.
 
+use crate::scsi::copy::{BLOCK_TO_BLOCK, BLOCK_TO_BLOCK_OFFSET, IDENTIFICATION, MAX_LIST, MAX_SEGMENT, MAX_SEGMENTS, MAX_TARGETS};
 use crate::scsi::inquiry::ascii;
-use crate::scsi::lun::Command;
+use crate::scsi::lun::{Command, State};
+use crate::scsi::opcode::TABLE;
 use crate::scsi::provisioning::{MAX_UNMAP_BLOCKS, MAX_UNMAP_DESCRIPTORS};
 use crate::scsi::write_same::max_write_same_blocks;
 
@@ -14,6 +16,7 @@ const PAGES: &[(u8, Encode)] = &[
     (0x80, unit_serial_number),
     (0x83, device_identification),
     (0x86, extended_inquiry),
+    (0x8F, third_party_copy),
     (0xB0, block_limits),
     (0xB1, block_device_characteristics),
     (0xB2, logical_block_provisioning),
@@ -34,12 +37,12 @@ fn supported_pages(_: &Command<'_>) -> Vec<u8> {
 }
 
 fn unit_serial_number(command: &Command<'_>) -> Vec<u8> {
-    serial(command).unwrap_or_default().into_bytes()
+    serial(command.lun).unwrap_or_default().into_bytes()
 }
 
 /// The serial number, printable and short enough for every page that holds it.
-fn serial(command: &Command<'_>) -> Option<String> {
-    let serial = (command.lun.identity.serial)()?;
+fn serial(lun: &State) -> Option<String> {
+    let serial = (lun.identity.serial)()?;
     Some(serial.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(200).collect())
 }
 
@@ -47,7 +50,7 @@ fn serial(command: &Command<'_>) -> Option<String> {
 /// so that the unit keeps its name whatever program serves it.
 fn device_identification(command: &Command<'_>) -> Vec<u8> {
     let mut page = Vec::new();
-    let Some(serial) = serial(command) else { return page };
+    let Some(serial) = serial(command.lun) else { return page };
     let mut t10 = ascii::<8>(&command.lun.identity.vendor).to_vec();
     t10.extend(serial.bytes());
     designator(&mut page, 0x02, 0x01, &t10);
@@ -64,10 +67,15 @@ fn designator(page: &mut Vec<u8>, code_set: u8, kind: u8, designator: &[u8]) {
 
 /// NAA 6 (IEEE registered extended) with OpenFabrics' company id 001405h, as LIO does: the hexadecimal digits of the serial
 /// number fill the 25 digits that are left.
-pub(super) fn naa(serial: &str) -> [u8; 16] {
+fn naa(serial: &str) -> [u8; 16] {
     let digits = serial.chars().filter_map(|c| c.to_digit(16)).map(|d| d as u8);
     let mut nibbles = [0x6, 0x0, 0x0, 0x1, 0x4, 0x0, 0x5].into_iter().chain(digits).chain(std::iter::repeat(0));
     std::array::from_fn(|_| nibbles.next().unwrap_or(0) << 4 | nibbles.next().unwrap_or(0))
+}
+
+/// The NAA designator of a unit.
+pub(super) fn naa_of(lun: &State) -> Option<[u8; 16]> {
+    serial(lun).map(|serial| naa(&serial))
 }
 
 fn extended_inquiry(_: &Command<'_>) -> Vec<u8> {
@@ -75,6 +83,44 @@ fn extended_inquiry(_: &Command<'_>) -> Vec<u8> {
     page[1] = 0x07; // HEADSUP, ORDSUP, SIMPSUP: the target core orders them
     page[2] = 0x01; // V_SUP: there is a volatile cache
     page
+}
+
+/// Descriptors: supported commands, parameter data, supported descriptors, general copy operations (SPC-4 7.8.17).
+fn third_party_copy(_: &Command<'_>) -> Vec<u8> {
+    let mut page = Vec::new();
+    let mut commands = vec![0];
+    for opcode in [0x83, 0x84] {
+        let actions: Vec<u8> = TABLE.iter().filter(|e| e.opcode == opcode).filter_map(|e| e.action).collect();
+        commands.extend([opcode, actions.len() as u8]);
+        commands.extend(actions);
+    }
+    commands[0] = commands.len() as u8 - 1;
+    copy_descriptor(&mut page, 0x0001, &commands);
+
+    let mut parameters = vec![0; 28];
+    parameters[4..6].copy_from_slice(&MAX_TARGETS.to_be_bytes());
+    parameters[6..8].copy_from_slice(&MAX_SEGMENTS.to_be_bytes());
+    parameters[8..12].copy_from_slice(&MAX_LIST.to_be_bytes());
+    copy_descriptor(&mut page, 0x0004, &parameters);
+
+    copy_descriptor(&mut page, 0x0008, &[3, BLOCK_TO_BLOCK, BLOCK_TO_BLOCK_OFFSET, IDENTIFICATION]);
+
+    let mut general = vec![0; 32];
+    general[..4].copy_from_slice(&u32::from(MAX_SEGMENTS).to_be_bytes());
+    general[8..12].copy_from_slice(&MAX_SEGMENT.to_be_bytes());
+    general[12] = 9; // data segments in units of 2^9 bytes
+    copy_descriptor(&mut page, 0x8001, &general);
+    page
+}
+
+/// Appends a third-party copy descriptor, padded to a multiple of four bytes.
+fn copy_descriptor(page: &mut Vec<u8>, kind: u16, payload: &[u8]) {
+    let padded = payload.len().next_multiple_of(4);
+    page.extend(kind.to_be_bytes());
+    // All payloads are a few dozen bytes.
+    page.extend((padded as u16).to_be_bytes());
+    page.extend(payload);
+    page.resize(page.len() + padded - payload.len(), 0);
 }
 
 fn block_limits(command: &Command<'_>) -> Vec<u8> {
@@ -92,16 +138,18 @@ fn block_limits(command: &Command<'_>) -> Vec<u8> {
     }
     let write_same = max_write_same_blocks(command);
     put(40, write_same);
-    page[0] = 0x01; // WSNZ: WRITE SAME of no blocks is refused
     page[1] = 0xFF; // COMPARE AND WRITE of up to 255 blocks
     let granularity = 1u16 << command.physical_exponent();
     page[2..4].copy_from_slice(&granularity.to_be_bytes());
     page
 }
 
-fn block_device_characteristics(_: &Command<'_>) -> Vec<u8> {
+fn block_device_characteristics(command: &Command<'_>) -> Vec<u8> {
     let mut page = vec![0; 60];
     page[1] = 0x01; // does not rotate
+    if command.can_unmap() {
+        page[3] = 0x40; // WABEREQ: blocks can be read after a block erase
+    }
     page[4] = 0x03; // FUAB: FUA and SYNCHRONIZE CACHE mean what SBC-3 says; VBULS: VERIFY compares unmapped blocks
     page
 }

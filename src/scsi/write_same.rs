@@ -34,9 +34,12 @@ pub fn write_same_16(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '
 /// Zeros with UNMAP may give their space back; zeros without it are zeroed in place; anything else is written out, also
 /// with UNMAP, since unmapped blocks could not read back as it (SBC-3 4.7.3.4.4).
 fn write_same(command: &Command<'_>, extent: &Extent, unmap: bool, no_data: bool, data: &Data<'_, '_>) -> Result<Reply, Fault> {
-    let range = command.range(extent.lba, u64::from(extent.blocks))?;
-    // WSNZ: no blocks do not mean "to the end".
-    if extent.blocks == 0 || extent.blocks > max_write_same_blocks(command) {
+    let mut range = command.range(extent.lba, u64::from(extent.blocks))?;
+    if extent.blocks == 0 {
+        // To the end of the medium (WSNZ is 0).
+        range.end = command.lun.blocks() * command.block_size();
+    }
+    if range.end - range.start > MAX_LEN {
         return Err(Fault::cdb(extent.blocks_field, None));
     }
     let len = range.end - range.start;

@@ -1,29 +1,35 @@
 //! A SCSI logical unit as a [`Service`].
 
 use super::Service;
-use crate::scsi::{Data, Lun, Outcome};
+use crate::scsi::opcode::{self, Direction};
+use crate::scsi::{Data, Lun, Outcome, Status};
 use crate::tcmu::{Command, Completion};
 
 impl Service for Lun {
     fn try_execute(&self, command: &mut Command) -> Option<Completion> {
         let (cdb, mut data) = command.parts();
         let mut slices = data.slices_mut();
-        Lun::try_execute(self, cdb, &mut Data::new(&mut slices)).map(Completion::from)
+        let outcome = Lun::try_execute(self, cdb, &mut Data::new(&mut slices))?;
+        Some(completion(outcome, cdb))
     }
 
     fn execute(&self, command: &mut Command) -> Completion {
         let (cdb, mut data) = command.parts();
         let mut slices = data.slices_mut();
-        Lun::execute(self, cdb, &mut Data::new(&mut slices)).into()
+        let outcome = Lun::execute(self, cdb, &mut Data::new(&mut slices));
+        completion(outcome, cdb)
     }
 }
 
-impl From<Outcome> for Completion {
-    fn from(outcome: Outcome) -> Self {
-        match outcome.sense {
-            Some(sense) => Completion::check_condition(sense.as_bytes()),
-            None if outcome.status == crate::scsi::Status::Good => Completion { read_len: outcome.data_in, ..Completion::good() },
-            None => Completion::status(outcome.status as u8),
+fn completion(outcome: Outcome, cdb: &[u8]) -> Completion {
+    match (outcome.status, outcome.sense) {
+        (Status::Good, _) => Completion { read_len: outcome.data_in, ..Completion::good() },
+        (Status::CheckCondition, sense) => Completion::check_condition(sense.as_ref().map_or(&[], |sense| sense.as_bytes())),
+        (status @ (Status::Busy | Status::TaskSetFull), _) => {
+            // The buffer of a command that reads was not filled, and that of a command that writes must not be touched.
+            let rows = cdb.first().and_then(|&opcode| opcode::rows(opcode)).unwrap_or_default();
+            let reads = rows.iter().any(|row| row.direction == Direction::In);
+            Completion { read_len: reads.then_some(0), ..Completion::status(status as u8) }
         }
     }
 }

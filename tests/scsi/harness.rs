@@ -245,6 +245,11 @@ pub fn good() -> Outcome {
     Outcome { status: Status::Good, sense: None, data_in: None }
 }
 
+/// The whole medium reads as this block, repeated.
+pub fn all_blocks_are(memory: &Memory, block: &[u8]) -> bool {
+    memory.bytes().chunks_exact(block.len()).all(|b| b == block)
+}
+
 /// A 10-byte CDB.
 pub fn cdb10(opcode: u8, flags: u8, lba: u32, blocks: u16) -> [u8; 10] {
     let (l, n) = (lba.to_be_bytes(), blocks.to_be_bytes());

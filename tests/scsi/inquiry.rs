@@ -21,7 +21,7 @@ fn standard_data() {
     let disk = Disk::new();
     let reply = disk.read(&[0x12, 0, 0, 1, 4, 0], 260);
     assert_eq!(reply.len(), 96);
-    assert_eq!(reply[..8], [0, 0, 6, 0x12, 91, 0, 0, 2]);
+    assert_eq!(reply[..8], [0, 0, 6, 0x12, 91, 0x08, 0, 2]);
     assert_eq!(&reply[8..32], b"IMG-TCMUdisk image      ");
     assert_eq!(reply[58..64], [0x00, 0xA0, 0x04, 0x60, 0x04, 0xC0]);
     for len in 0..=255u8 {
@@ -37,7 +37,7 @@ fn every_listed_page_can_be_read_and_the_list_is_sorted() {
     let disk = Disk::new();
     let pages = vpd(&disk, 0)[4..].to_vec();
     assert!(pages.is_sorted());
-    for page in [0x00, 0x80, 0x83, 0x86, 0xB0, 0xB1, 0xB2] {
+    for page in [0x00, 0x80, 0x83, 0x86, 0x8F, 0xB0, 0xB1, 0xB2] {
         assert!(pages.contains(&page), "{page:02x}");
     }
     for page in 0..=255u8 {
@@ -77,11 +77,11 @@ fn limits_follow_the_image() {
     let disk = Disk::with(Memory::with_limits(limits), config);
     let b0 = vpd(&disk, 0xB0);
     assert_eq!(b0.len(), 64);
-    assert_eq!(b0[4..8], [1, 255, 0, 8]);
+    assert_eq!(b0[4..8], [0, 255, 0, 8]);
     assert_eq!((be32(&b0, 8), be32(&b0, 12)), (128, 64));
     assert!(be32(&b0, 20) > 0 && be32(&b0, 24) > 0);
     assert_eq!((be32(&b0, 28), be32(&b0, 32)), (128, 0x8000_0000));
-    assert_eq!(vpd(&disk, 0xB1)[4..6], [0, 1]);
+    assert_eq!(vpd(&disk, 0xB1)[4..9], [0, 1, 0, 0x40, 3]);
     assert_eq!(vpd(&disk, 0xB2)[5..7], [0xE4, 2]);
     let capacity = disk.read(&[0x9E, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0], 32);
     assert_eq!(capacity[..16], [0, 0, 0, 0, 0, 0, 7, 255, 0, 0, 2, 0, 0, 3, 0xC0, 0]);

@@ -17,6 +17,19 @@ fn reported(disk: &Disk) -> Vec<(u8, Option<u16>)> {
     reply[4..].chunks_exact(8).map(one).collect()
 }
 
+fn by_the_kernel(opcode: u8) -> bool {
+    TABLE.iter().any(|e| e.opcode == opcode && matches!(e.presence, Presence::Kernel | Presence::KernelAlways))
+}
+
+#[test]
+fn the_kernels_commands_are_reported_if_it_does_them() {
+    let reservations = |disk: &Disk| reported(disk).iter().filter(|(o, _)| matches!(o, 0x16 | 0x17 | 0x5E | 0x5F)).count();
+    assert_eq!(reservations(&Disk::new()), 14);
+    let without = Disk::with(Memory::new(1 << 20), Config { kernel_reservations: false, ..Config::default() });
+    assert_eq!(reservations(&without), 0);
+    assert!(reported(&without).contains(&(0xA0, None)), "REPORT LUNS");
+}
+
 #[test]
 fn reported_commands_are_those_that_are_not_refused() {
     for discard in [true, false] {
@@ -29,6 +42,10 @@ fn reported_commands_are_those_that_are_not_refused() {
                 let outcome = disk.run(&cdb, &mut []);
                 let sense = outcome.sense.map(|s| s.as_bytes().to_vec()).unwrap_or_default();
                 let unknown = sense.get(12) == Some(&0x20);
+                if by_the_kernel(opcode) {
+                    assert!(sense[2] == 5, "opcode {opcode:02x} is not ours");
+                    continue;
+                }
                 let rows: Vec<_> = reported.iter().filter(|(o, _)| *o == opcode).collect();
                 assert_eq!(rows.is_empty(), unknown, "opcode {opcode:02x}");
                 if rows.iter().all(|(_, a)| a.is_some_and(|a| a != u16::from(action))) && !rows.is_empty() {
@@ -78,7 +95,7 @@ fn timeouts() {
 fn usage_bits_are_the_ones_that_are_evaluated() {
     // Every bit outside the usage data and the list of ignored bits is refused, with its place.
     let disk = Disk::new();
-    for entry in TABLE {
+    for entry in TABLE.iter().filter(|e| matches!(e.presence, Presence::Always | Presence::Thin)) {
         for byte in 1..entry.usage.len() {
             for bit in 0..8u8 {
                 let known = entry.usage[byte] | entry.ignored_bits(byte);
@@ -114,6 +131,9 @@ fn line(entry: &Entry) -> String {
     let when = match entry.presence {
         Presence::Always => "always",
         Presence::Thin => "blocks can be unmapped",
+        Presence::Ports(0b10) => "explicit ALUA",
+        Presence::Ports(_) => "target port groups",
+        Presence::Kernel | Presence::KernelAlways => "by the kernel",
     };
     format!("| {opcode} | {} | {data} | `{}` | {when} |", entry.name, usage.join(" "))
 }

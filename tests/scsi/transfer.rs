@@ -161,7 +161,10 @@ fn failures_of_the_image_become_sense() {
 #[test]
 fn read_only_and_write_protect() {
     let disk = Disk::with(Memory::new(1 << 20), Config { read_only: true, ..Config::default() });
-    let refused: [&[u8]; 8] = [
+    let refused: [&[u8]; 11] = [
+        &cdb10(0x42, 0, 0, 24),
+        &cdb10(0x41, 0x08, 0, 1),
+        &cdb10(0x48, 0x02, 0, 0),
         &cdb10(0x2A, 0, 0, 1),
         &cdb10(0x41, 0, 0, 1),
         &cdb10(0x2E, 0, 0, 1),
@@ -237,6 +240,7 @@ fn compare_and_write_swaps_or_tells_where_not() {
         assert_eq!(disk.triple(&compare_and_write(0, 5, 1), &vec![0; len]), BAD_LENGTH);
     }
     disk.ok(&compare_and_write(0, 5, 0));
+    assert_eq!(disk.cdb_fault(&compare_and_write(0, 5, 0), &[0; 2 * 256 * 512]), (13, None), "256 blocks do not fit");
 }
 
 #[test]

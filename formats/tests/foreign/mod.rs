@@ -2,6 +2,10 @@
 
 #![allow(dead_code)] // Each test binary uses a part.
 
+pub mod operations;
+pub mod readers;
+pub mod vhdx_writer;
+
 use formats::{BlockDevice, Image, OpenOptions};
 use rand::{Rng, RngCore, SeedableRng, rngs::StdRng};
 use std::fs::File;
@@ -34,6 +38,19 @@ pub fn try_run(dir: &Path, program: &str, args: &[&str]) -> (bool, String) {
 
 pub fn qemu_img(dir: &Path, args: &[&str]) -> String {
     run(dir, "qemu-img", args)
+}
+
+/// QEMU reads windows of an image (of `format`; the pieces, and a MiB on both sides) as what is in the plain file. Comparing all of a large disk would take
+/// it minutes.
+pub fn qemu_reads(dir: &Path, format: &str, image: &str, raw: &Raw, pieces: &[(u64, u64)]) {
+    for (at, len) in pieces {
+        let start = at.saturating_sub(MIB) / 512 * 512;
+        let len = (at + len + MIB).min(raw.size) - start;
+        let window = format!("driver=raw,offset={start},size={len}");
+        let plain = format!("{window},file.driver=file,file.filename={}", raw.path.display());
+        let image = format!("{window},file.driver={format},file.file.driver=file,file.file.filename={image}");
+        qemu_img(dir, &["compare", "--image-opts", &plain, &image]);
+    }
 }
 
 /// Runs `qemu-io` commands on an image.

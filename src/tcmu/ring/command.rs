@@ -19,9 +19,12 @@ pub struct Completion {
     /// Sense data; only for CHECK CONDITION, at most 96 bytes.
     pub sense: SmallVec<[u8; 20]>,
     /// How many bytes at the start of the buffer are the answer, for a command that reads: the initiator gets those and is told
-    /// the residual, or, where the kernel cannot tell it, gets zeros after them. `None`: the whole buffer is the answer (or
-    /// the command does not read). What is left unfilled of the buffer may hold other people's data, so `None` must not be said
-    /// of a buffer that was not filled. With CHECK CONDITION, data go to the initiator only if this is set.
+    /// the residual, or, where the kernel cannot tell it, gets zeros after them. `None`: the whole buffer is the answer, or
+    /// the command does not read.
+    ///
+    /// What is left unfilled of a buffer may hold other people's data, and reaches the initiator with every status but CHECK
+    /// CONDITION (and with that one, too, if this is set): so a command that reads must say how much. One that writes must
+    /// say `None`: its payload has to stay whole until the kernel has its completion, for a successor that does it again.
     pub read_len: Option<u32>,
 }
 
@@ -41,9 +44,9 @@ impl Completion {
         Self { status: STATUS_CHECK_CONDITION, sense: SmallVec::from_slice(sense), read_len: None }
     }
 
-    /// A status without sense data or data.
+    /// A status without sense data, for a command that does not read. See `read_len` for one that does.
     pub fn status(status: u8) -> Self {
-        Self { status, sense: SmallVec::new(), read_len: Some(0) }
+        Self { status, ..Self::default() }
     }
 }
 
@@ -232,12 +235,10 @@ impl Unfilled {
     /// For a completion of a command with `len` bytes of data.
     pub fn of(completion: &Completion, len: u64, kernel_takes_read_len: bool) -> Self {
         match (completion.status, completion.read_len) {
-            (STATUS_GOOD, None) | (STATUS_CHECK_CONDITION, None | Some(0)) => Self::Withheld,
-            // Data of other statuses reach the initiator too.
-            (_, None | Some(0)) => Self::ZeroFrom(0),
+            (_, None) | (STATUS_CHECK_CONDITION, Some(0)) => Self::Withheld,
             (STATUS_GOOD, Some(filled)) if u64::from(filled) >= len => Self::Withheld,
             // The kernel takes a length of 0 as no length.
-            (_, Some(filled)) if kernel_takes_read_len => Self::Limit(filled),
+            (_, Some(filled)) if filled > 0 && kernel_takes_read_len => Self::Limit(filled),
             (_, Some(filled)) => Self::ZeroFrom(u64::from(filled)),
         }
     }
@@ -257,7 +258,7 @@ mod tests {
             assert_eq!(of(STATUS_GOOD, Some(u32::MAX), takes), Unfilled::Withheld);
             assert_eq!(of(STATUS_CHECK_CONDITION, None, takes), Unfilled::Withheld);
             assert_eq!(of(STATUS_CHECK_CONDITION, Some(0), takes), Unfilled::Withheld);
-            assert_eq!(of(0x08, None, takes), Unfilled::ZeroFrom(0));
+            assert_eq!(of(0x08, None, takes), Unfilled::Withheld);
             assert_eq!(of(0x28, Some(0), takes), Unfilled::ZeroFrom(0));
         }
         assert_eq!(of(STATUS_GOOD, Some(36), true), Unfilled::Limit(36));

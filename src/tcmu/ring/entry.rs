@@ -145,7 +145,8 @@ impl Request {
         let double = |within| region.load_u64(geometry.offset(at, within)).map_err(|OutOfRegion| short("its iovecs"));
         let counts = [word(command::IOV_CNT)?, word(command::IOV_BIDI_CNT)?, word(command::IOV_DIF_CNT)?];
         let iovecs = counts.iter().map(|&count| u64::from(count)).sum::<u64>();
-        if u64::from(command::IOV) + iovecs * u64::from(command::IOV_SIZE) > u64::from(len) {
+        let iovecs_end = u64::from(command::IOV) + iovecs * u64::from(command::IOV_SIZE);
+        if iovecs_end > u64::from(len) {
             return Err(short("its iovecs"));
         }
         let mut next = command::IOV;
@@ -174,7 +175,7 @@ impl Request {
         let mut first_eight = [0u8; 8];
         first_eight.copy_from_slice(&bytes[..8]);
         let cdb_len = abi::cdb_len(first_eight);
-        if cdb_len > room || cdb_len > abi::MAX_CDB || cdb_at < command::IOV {
+        if cdb_len > room || cdb_len > abi::MAX_CDB || u64::from(cdb_at) < iovecs_end {
             return Err(short("its CDB"));
         }
         if cdb_len > first {

@@ -1,0 +1,163 @@
+//! Free space of a file that keeps no record of it: what lies between the structures that are in use, and beyond its end.
+//!
+//! For formats whose tables say only what is used (VHD, VHDX). What is freed comes back here when nobody can reach it any more.
+
+use std::collections::BTreeMap;
+
+/// Space that was handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Taken {
+    /// Byte offset.
+    pub(crate) at: u64,
+    /// It is known to read as zeros.
+    pub(crate) zeroed: bool,
+    /// It lies beyond the former end: the file must be extended before it is used.
+    pub(crate) fresh: bool,
+}
+
+/// Two structures in one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Overlap {
+    /// Where the second one begins, in bytes.
+    pub(crate) at: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    len: u64,
+    zeroed: bool,
+}
+
+/// The free space of one file.
+#[derive(Debug)]
+pub(crate) struct Space {
+    /// By byte offset; no two of the same kind touch.
+    free: BTreeMap<u64, Run>,
+    /// Where the file ends, or will end, in bytes.
+    end: u64,
+}
+
+impl Space {
+    /// The space of a file that ends at `end`, between `used` runs (offset and length in bytes; sorted by this).
+    ///
+    /// # Errors
+    /// The first overlap of two runs.
+    pub(crate) fn new(used: &mut [(u64, u64)], end: u64) -> Result<Self, Overlap> {
+        used.sort_unstable();
+        let mut free = BTreeMap::new();
+        let mut here = 0;
+        for &(at, len) in used.iter() {
+            if at < here {
+                return Err(Overlap { at });
+            }
+            if at > here {
+                free.insert(here, Run { len: at - here, zeroed: false });
+            }
+            here = at.saturating_add(len);
+        }
+        if here < end {
+            free.insert(here, Run { len: end - here, zeroed: false });
+        }
+        Ok(Self { free, end: end.max(here) })
+    }
+
+    /// Where the file ends, with all that was handed out.
+    pub(crate) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Free bytes before the end.
+    pub(crate) fn free(&self) -> u64 {
+        self.free.values().map(|r| r.len).sum()
+    }
+
+    /// `len` bytes from the first run that has them, or else from beyond the end. `None`: there are no such offsets.
+    pub(crate) fn take(&mut self, len: u64) -> Option<Taken> {
+        if let Some((at, run)) = self.free.iter().find(|(_, r)| r.len >= len).map(|(at, r)| (*at, *r)) {
+            self.free.remove(&at);
+            if run.len > len {
+                self.free.insert(at + len, Run { len: run.len - len, ..run });
+            }
+            return Some(Taken { at, zeroed: run.zeroed, fresh: false });
+        }
+        let at = self.end;
+        self.end = at.checked_add(len).filter(|e| *e <= i64::MAX as u64)?;
+        Some(Taken { at, zeroed: true, fresh: true })
+    }
+
+    /// Takes exactly this run out, if all of it is free.
+    pub(crate) fn take_at(&mut self, at: u64, len: u64) -> bool {
+        let Some((start, run)) = self.free.range(..=at).next_back().map(|(s, r)| (*s, *r)) else { return false };
+        let (end, stop) = (at.saturating_add(len), start.saturating_add(run.len));
+        if end > stop {
+            return false;
+        }
+        self.free.remove(&start);
+        if at > start {
+            self.free.insert(start, Run { len: at - start, ..run });
+        }
+        if stop > end {
+            self.free.insert(end, Run { len: stop - end, ..run });
+        }
+        true
+    }
+
+    /// Takes space back. `zeroed`: it is known to read as zeros.
+    pub(crate) fn give(&mut self, at: u64, len: u64, zeroed: bool) {
+        let (mut start, mut end) = (at, at.saturating_add(len));
+        if start >= end {
+            return;
+        }
+        if let Some((before, run)) = self.free.range(..start).next_back().map(|(s, r)| (*s, *r))
+            && before.saturating_add(run.len) == start
+            && run.zeroed == zeroed
+        {
+            self.free.remove(&before);
+            start = before;
+        }
+        if let Some(run) = self.free.get(&end).copied()
+            && run.zeroed == zeroed
+        {
+            self.free.remove(&end);
+            end = end.saturating_add(run.len);
+        }
+        self.free.insert(start, Run { len: end - start, zeroed });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_are_taken_before_the_end() {
+        let mut space = Space::new(&mut [(30, 10), (0, 10), (15, 5)], 50).unwrap();
+        assert_eq!(space.free(), 25);
+        assert_eq!(space.take(5), Some(Taken { at: 10, zeroed: false, fresh: false }));
+        assert_eq!(space.take(10), Some(Taken { at: 20, zeroed: false, fresh: false }));
+        assert_eq!(space.take(12), Some(Taken { at: 50, zeroed: true, fresh: true }));
+        assert_eq!((space.end(), space.free()), (62, 10));
+        space.give(20, 10, true);
+        assert_eq!(space.take(4), Some(Taken { at: 20, zeroed: true, fresh: false }));
+        assert_eq!(space.take(u64::MAX), None);
+    }
+
+    #[test]
+    fn neighbours_join() {
+        let mut space = Space::new(&mut [(0, 100)], 100).unwrap();
+        space.give(10, 10, false);
+        space.give(30, 10, false);
+        space.give(20, 10, false);
+        assert_eq!(space.take(30), Some(Taken { at: 10, zeroed: false, fresh: false }));
+        space.give(10, 30, false);
+        assert!(space.take_at(15, 5));
+        assert!(!space.take_at(14, 2));
+        assert!(!space.take_at(38, 3));
+        assert_eq!(space.free(), 25);
+    }
+
+    #[test]
+    fn overlaps_are_found() {
+        assert_eq!(Space::new(&mut [(0, 10), (20, 10), (9, 2)], 50).unwrap_err(), Overlap { at: 9 });
+    }
+}
