@@ -8,6 +8,7 @@ pub mod device;
 pub mod drivers;
 pub mod error;
 mod field;
+pub mod filter;
 pub mod format;
 pub mod gate;
 pub mod grace;

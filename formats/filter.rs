@@ -1,0 +1,4 @@
+//! Devices made of devices.
+
+pub mod partition;
+pub mod window;
