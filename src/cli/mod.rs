@@ -7,9 +7,11 @@ mod cat;
 mod check;
 mod check_config;
 mod failure;
+mod formats;
 mod image;
 mod info;
 mod map;
+mod nbd;
 
 pub use failure::Failure;
 pub use image::ImageArgs;
@@ -45,6 +47,8 @@ enum Command {
     Map(map::Map),
     Cat(cat::Cat),
     Check(check::Check),
+    Formats(formats::Formats),
+    Nbd(nbd::Nbd),
     CheckConfig(check_config::CheckConfig),
 }
 
@@ -55,6 +59,8 @@ impl Command {
             Self::Map(command) => command.run(),
             Self::Cat(command) => command.run(),
             Self::Check(command) => command.run(),
+            Self::Formats(command) => command.run(),
+            Self::Nbd(command) => command.run(),
             Self::CheckConfig(command) => command.run(),
         }
     }

@@ -1,0 +1,200 @@
+//! The sockets: where to listen, who may connect, and the end.
+
+use super::Export;
+use super::handshake;
+use super::session::{self, Workers};
+use nix::sys::signal::Signal;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// Connections at the same time; further ones are closed at once.
+const MAX_CONNECTIONS: usize = 1024;
+/// A negotiation that takes longer than this between two bytes is given up.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A client that takes nothing for so long is gone: others need the workers.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// A Unix socket, made by us and removed at the end.
+    Unix(PathBuf),
+    /// An address and port, like "[::1]:10809".
+    Tcp(String),
+}
+
+impl std::fmt::Display for Listen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unix(path) => path.display().fmt(f),
+            Self::Tcp(address) => f.write_str(address),
+        }
+    }
+}
+
+enum Socket {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+/// A connection.
+trait Stream: Read + Write + Send + 'static {
+    fn second(&self) -> io::Result<Box<dyn Stream>>;
+    fn timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()>;
+    fn hang_up(&self);
+}
+
+macro_rules! stream {
+    ($name:ty) => {
+        impl Stream for $name {
+            fn second(&self) -> io::Result<Box<dyn Stream>> {
+                Ok(Box::new(self.try_clone()?))
+            }
+            fn timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
+                self.set_read_timeout(read)?;
+                self.set_write_timeout(write)
+            }
+            fn hang_up(&self) {
+                // It may be closed already.
+                let _ = self.shutdown(Shutdown::Both);
+            }
+        }
+    };
+}
+stream!(UnixStream);
+stream!(TcpStream);
+
+/// A server of one export.
+pub struct Server {
+    socket: Socket,
+    /// To be removed at the end.
+    path: Option<PathBuf>,
+    export: Export,
+    workers: Workers,
+    connections: Arc<AtomicUsize>,
+}
+
+impl Server {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// The host's: the path exists, the port is taken.
+    pub fn new(listen: &Listen, export: Export) -> io::Result<Self> {
+        let (socket, path) = match listen {
+            Listen::Unix(path) => (Socket::Unix(UnixListener::bind(path)?), Some(path.clone())),
+            Listen::Tcp(address) => (Socket::Tcp(TcpListener::bind(address.as_str())?), None),
+        };
+        let cpus = std::thread::available_parallelism().map_or(2, usize::from);
+        Ok(Self { socket, path, export, workers: Workers::new((2 * cpus).max(4))?, connections: Arc::default() })
+    }
+
+    /// The address in use, for whoever asked for port 0.
+    pub fn address(&self) -> String {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.local_addr().map_or_else(|e| e.to_string(), |a| a.to_string()),
+            Socket::Unix(listener) => {
+                let path = listener.local_addr().ok().and_then(|a| a.as_pathname().map(|p| p.display().to_string()));
+                path.unwrap_or_else(|| "a socket without a name".into())
+            }
+        }
+    }
+
+    /// Serves connections until the process is told to end (SIGINT, SIGTERM), then flushes.
+    ///
+    /// # Errors
+    /// The socket's, or that of the last flush.
+    pub fn run(self) -> io::Result<()> {
+        let mut signals = signal_hook::iterator::Signals::new([Signal::SIGINT as i32, Signal::SIGTERM as i32])?;
+        let listening = match &self.socket {
+            Socket::Unix(listener) => listener.as_fd().try_clone_to_owned()?,
+            Socket::Tcp(listener) => listener.as_fd().try_clone_to_owned()?,
+        };
+        std::thread::Builder::new().name("nbd-signals".into()).spawn(move || {
+            if signals.forever().next().is_some() {
+                // Makes `accept` return. If that fails the process ends by the next signal.
+                let _ = nix::sys::socket::shutdown(listening.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+            }
+        })?;
+        loop {
+            let accepted: io::Result<Box<dyn Stream>> = match &self.socket {
+                Socket::Unix(listener) => listener.accept().map(|(s, _)| Box::new(s) as Box<dyn Stream>),
+                Socket::Tcp(listener) => listener.accept().and_then(|(s, _)| {
+                    s.set_nodelay(true)?;
+                    Ok(Box::new(s) as Box<dyn Stream>)
+                }),
+            };
+            match accepted {
+                Ok(stream) => self.connect(stream),
+                Err(e) if e.raw_os_error() == Some(nix::libc::EINVAL) => break,
+                Err(e) if matches!(e.raw_os_error(), Some(nix::libc::EMFILE | nix::libc::ENFILE | nix::libc::ENOMEM)) => {
+                    tracing::warn!(error = %e, "cannot accept a connection now");
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                Err(e) => tracing::debug!(error = %e, "a connection went away"),
+            }
+        }
+        self.export.device.flush().map_err(|e| io::Error::other(e.chain()))
+    }
+
+    fn connect(&self, stream: Box<dyn Stream>) {
+        if self.connections.fetch_add(1, Ordering::SeqCst) >= MAX_CONNECTIONS {
+            self.connections.fetch_sub(1, Ordering::SeqCst);
+            tracing::warn!("{MAX_CONNECTIONS} connections are open: another one is refused");
+            return;
+        }
+        let (export, workers, connections) = (self.export.clone(), self.workers.clone(), self.connections.clone());
+        let spawned = std::thread::Builder::new().name("nbd-client".into()).stack_size(512 << 10).spawn(move || {
+            match converse(stream, &export, &workers) {
+                Ok(()) => tracing::debug!("a client left"),
+                Err(e) => tracing::info!(error = %e, "a connection ended"),
+            }
+            connections.fetch_sub(1, Ordering::SeqCst);
+        });
+        if let Err(e) = spawned {
+            self.connections.fetch_sub(1, Ordering::SeqCst);
+            tracing::warn!(error = %e, "cannot start a thread for a connection");
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // Somebody may have removed it already.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn converse(mut stream: Box<dyn Stream>, export: &Export, workers: &Workers) -> io::Result<()> {
+    stream.timeouts(Some(HANDSHAKE_TIMEOUT), Some(SEND_TIMEOUT))?;
+    let Some(agreed) = handshake::negotiate(&mut stream, export)? else { return Ok(()) };
+    stream.timeouts(None, Some(SEND_TIMEOUT))?;
+    let output: session::Output = Box::new(Sending(stream.second()?));
+    let result = session::serve(&mut stream, output, export, agreed, workers);
+    stream.hang_up();
+    result
+}
+
+/// A sending half that ends the whole connection when it fails, so that the reader notices.
+struct Sending(Box<dyn Stream>);
+
+impl Write for Sending {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes).inspect_err(|e| {
+            if e.kind() != io::ErrorKind::Interrupted {
+                self.0.hang_up();
+            }
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
