@@ -1,4 +1,5 @@
-//! COMPARE AND WRITE and ORWRITE (16): read, decide and write while nobody else is in the range (SBC-3 5.3, 5.11).
+//! COMPARE AND WRITE, ORWRITE (16) and WRITE ATOMIC (16): commands during which nobody else is in the range (SBC-3 5.3, 5.11,
+//! SBC-4 5.48).
 
 use crate::scsi::cdb::{Cdb, Extent};
 use crate::scsi::data::Data;
@@ -7,6 +8,10 @@ use crate::scsi::opcode::Reply;
 use crate::scsi::sense::{Fault, Triple};
 use crate::scsi::verify::{CHUNK, compare};
 use std::io::{IoSlice, IoSliceMut};
+
+/// MAXIMUM ATOMIC TRANSFER LENGTH (VPD B0). A single block is as much as can be promised to be whole after a power cut: a
+/// longer write passes through the host's page cache, which may have written any part of it.
+pub const MAX_ATOMIC_BLOCKS: u32 = 1;
 
 /// FUA in byte 1.
 const FUA: u8 = 0x08;
@@ -55,6 +60,28 @@ pub fn or_write(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>) -
             command.device.write(&[IoSlice::new(chunk)], at).map_err(|e| Fault::writing(&e))?;
             done += take as u64;
         }
+    }
+    command.settle(cdb.has(1, FUA))?;
+    Ok(Reply::Done)
+}
+
+pub fn write_atomic(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>) -> Result<Reply, Fault> {
+    let (boundary, blocks) = (cdb.u16(10), u32::from(cdb.u16(12)));
+    let range = command.range(cdb.u64(2), u64::from(blocks))?;
+    let len = range.end - range.start;
+    if boundary != 0 {
+        return Err(Fault::cdb(10, None));
+    }
+    if blocks > MAX_ATOMIC_BLOCKS {
+        return Err(Fault::cdb(12, None));
+    }
+    if data.len() < len {
+        return Err(Triple::INVALID_FIELD_IN_COMMAND_IU.into());
+    }
+    if len > 0 {
+        let at = range.start;
+        let _exclusive = command.lun.ranges.exclusive(range);
+        command.device.write(&data.slices(0, len), at).map_err(|e| Fault::writing(&e))?;
     }
     command.settle(cdb.has(1, FUA))?;
     Ok(Reply::Done)

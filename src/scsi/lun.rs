@@ -379,6 +379,7 @@ impl Command<'_> {
         match entry.presence {
             Presence::Always => true,
             Presence::Thin => self.can_unmap(),
+            Presence::Atomic => self.has_atomic_blocks(),
             Presence::Ports(mode) => self.lun.ports.as_ref().is_some_and(|ports| ports.modes() & mode != 0),
             Presence::Kernel => self.lun.config.kernel_reservations,
             Presence::KernelAlways => true,
@@ -422,6 +423,11 @@ impl Command<'_> {
     /// Logical blocks can be unmapped (LBPME).
     pub(super) fn can_unmap(&self) -> bool {
         self.limits.can_discard && self.lun.config.discard
+    }
+
+    /// A write of one logical block is whole or has not happened after a power cut.
+    pub(super) fn has_atomic_blocks(&self) -> bool {
+        self.lun.config.block_size <= self.limits.sector
     }
 
     /// The medium cannot be written, whatever the mode parameters say.

@@ -66,6 +66,8 @@ pub enum Presence {
     Always,
     /// When logical blocks can be unmapped (LBPME).
     Thin,
+    /// When a logical block is no longer than a sector of the image, which a power cut does not tear.
+    Atomic,
     /// When target port groups are known whose access states change in one of the ways of this mask (TPGS).
     Ports(u8),
     /// The kernel answers it, if it emulates reservations: it is reported, and refused should it come here.
@@ -678,6 +680,17 @@ pub const TABLE: &[Entry] = &[
         unmap_bits: Some((1, 0x08)),
         timeout: LONG,
         run: write_same::write_same_16,
+        ..ROW
+    },
+    Entry {
+        opcode: 0x9C,
+        name: "WRITE ATOMIC (16)",
+        direction: Direction::Out,
+        access: Access::Write,
+        presence: Presence::Atomic,
+        usage: &[0x9C, 0x18, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0],
+        ignored: GROUP_16,
+        run: atomic::write_atomic,
         ..ROW
     },
     Entry {

@@ -1,5 +1,6 @@
 //! Vital product data pages (SPC-4 7.8, SBC-3 6.6): one function a page, and the table that page 00h lists.
 
+use crate::scsi::atomic::MAX_ATOMIC_BLOCKS;
 use crate::scsi::copy::{BLOCK_TO_BLOCK, BLOCK_TO_BLOCK_OFFSET, IDENTIFICATION, MAX_LIST, MAX_SEGMENT, MAX_SEGMENTS, MAX_TARGETS};
 use crate::scsi::inquiry::ascii;
 use crate::scsi::lun::{Command, State};
@@ -138,6 +139,9 @@ fn block_limits(command: &Command<'_>) -> Vec<u8> {
     }
     let write_same = max_write_same_blocks(command);
     put(40, write_same);
+    if command.has_atomic_blocks() {
+        put(44, MAX_ATOMIC_BLOCKS);
+    }
     page[1] = 0xFF; // COMPARE AND WRITE of up to 255 blocks
     let granularity = 1u16 << command.physical_exponent();
     page[2..4].copy_from_slice(&granularity.to_be_bytes());

@@ -16,6 +16,7 @@ const KERNELS: &[&str] =
 /// Failures that are expected, with the reason.
 const EXPECTED: &[(&str, &str)] = &[
     ("Sanitize.Reset", "takes it that overwriting the medium takes more than three seconds"),
+    ("WriteAtomic16.Simple", "writes 256 blocks whatever the maximum in the block limits page"),
     ("WriteSame10.UnmapUntilEnd", "expects zeros where it wrote others; LBPRZ does not make UNMAP ignore its data"),
     ("iSCSIResiduals.Write10Residuals", "of the two answers that FCP-4 allows to a short data-out it knows but the other"),
     ("iSCSIResiduals.Write12Residuals", "the same"),

@@ -95,7 +95,7 @@ fn timeouts() {
 fn usage_bits_are_the_ones_that_are_evaluated() {
     // Every bit outside the usage data and the list of ignored bits is refused, with its place.
     let disk = Disk::new();
-    for entry in TABLE.iter().filter(|e| matches!(e.presence, Presence::Always | Presence::Thin)) {
+    for entry in TABLE.iter().filter(|e| matches!(e.presence, Presence::Always | Presence::Thin | Presence::Atomic)) {
         for byte in 1..entry.usage.len() {
             for bit in 0..8u8 {
                 let known = entry.usage[byte] | entry.ignored_bits(byte);
@@ -131,6 +131,7 @@ fn line(entry: &Entry) -> String {
     let when = match entry.presence {
         Presence::Always => "always",
         Presence::Thin => "blocks can be unmapped",
+        Presence::Atomic => "512-byte blocks",
         Presence::Ports(0b10) => "explicit ALUA",
         Presence::Ports(_) => "target port groups",
         Presence::Kernel | Presence::KernelAlways => "by the kernel",

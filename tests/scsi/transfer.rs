@@ -276,6 +276,25 @@ fn or_write() {
 }
 
 #[test]
+fn write_atomic() {
+    let disk = Disk::new();
+    let cdb = |lba, boundary: u32, blocks: u32| cdb16(0x9C, 0x08, lba, boundary << 16 | blocks);
+    disk.write(&cdb(3, 0, 1), &[7; 512]);
+    assert_eq!(disk.memory.bytes()[3 * 512..4 * 512], [7; 512]);
+    assert_eq!(disk.memory.flush_count(), 1);
+    disk.ok(&cdb(3, 0, 0));
+    assert_eq!(disk.triple(&cdb(2047, 0, 2), &[7; 1024]), OUT_OF_RANGE);
+    assert_eq!(disk.cdb_fault(&cdb(3, 0, 2), &[7; 1024]), (12, None), "more than one block is not promised");
+    assert_eq!(disk.cdb_fault(&cdb(3, 1, 1), &[7; 512]), (10, None));
+    assert_eq!(disk.triple(&cdb(3, 0, 1), &[7; 511]), BAD_LENGTH);
+    let b0 = |disk: &Disk| disk.read(&[0x12, 1, 0xB0, 0, 64, 0], 64)[44..].to_vec();
+    assert_eq!(b0(&disk)[..4], [0, 0, 0, 1]);
+    let four_k = Disk::with(Memory::new(1 << 20), Config { block_size: 4096, ..Config::default() });
+    assert_eq!(four_k.triple(&cdb(3, 0, 1), &[7; 4096]), (5, 0x20, 0), "the image's sectors have 512 bytes");
+    assert_eq!(b0(&four_k), [0; 20]);
+}
+
+#[test]
 fn without_waiting() {
     let disk = Disk::new();
     let mut buffer = [POISON; 1024];
