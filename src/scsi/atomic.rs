@@ -31,7 +31,7 @@ pub fn compare_and_write(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'
     {
         let _exclusive = command.lun.ranges.exclusive(range.clone());
         compare(command, range.clone(), 0, data)?;
-        command.device.write(&data.slices(len, len), range.start).map_err(|e| Fault::writing(&e))?;
+        command.device.write(&data.slices(len, len), range.start).map_err(|e| command.write_error(&e))?;
     }
     command.settle(cdb.has(1, FUA))?;
     Ok(Reply::Done)
@@ -52,12 +52,12 @@ pub fn or_write(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>) -
             let take = usize::try_from(len - done).map_or(buffer.len(), |left| left.min(buffer.len()));
             let chunk = &mut buffer[..take];
             let at = range.start + done;
-            command.device.read(&mut [IoSliceMut::new(chunk)], at).map_err(|e| Fault::reading(&e))?;
+            command.device.read(&mut [IoSliceMut::new(chunk)], at).map_err(|e| command.read_error(&e))?;
             let mut bytes = chunk.iter_mut();
             for slice in &data.slices(done, take as u64) {
                 slice.iter().zip(bytes.by_ref()).for_each(|(from, to)| *to |= from);
             }
-            command.device.write(&[IoSlice::new(chunk)], at).map_err(|e| Fault::writing(&e))?;
+            command.device.write(&[IoSlice::new(chunk)], at).map_err(|e| command.write_error(&e))?;
             done += take as u64;
         }
     }
@@ -81,7 +81,7 @@ pub fn write_atomic(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_
     if len > 0 {
         let at = range.start;
         let _exclusive = command.lun.ranges.exclusive(range);
-        command.device.write(&data.slices(0, len), at).map_err(|e| Fault::writing(&e))?;
+        command.device.write(&data.slices(0, len), at).map_err(|e| command.write_error(&e))?;
     }
     command.settle(cdb.has(1, FUA))?;
     Ok(Reply::Done)

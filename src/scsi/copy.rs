@@ -86,7 +86,7 @@ pub fn extended_copy(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '
     let segments = segments_of(&targets, &rest[..segments_len], HEADER_LEN + targets_len)?;
     let mut progress = command.lun.copies.begin(id);
     for segment in &segments {
-        copy(&targets, segment, &mut progress)?;
+        copy(command, &targets, segment, &mut progress)?;
         progress.segment_done();
     }
     progress.finish();
@@ -180,7 +180,7 @@ fn segments_of(targets: &[Arc<State>], descriptors: &[u8], base: usize) -> Resul
 }
 
 /// Copies a segment piece by piece; backwards where the destination lies behind an overlapping source.
-fn copy(targets: &[Arc<State>], segment: &Segment, progress: &mut Progress<'_>) -> Result<(), Fault> {
+fn copy(command: &Command<'_>, targets: &[Arc<State>], segment: &Segment, progress: &mut Progress<'_>) -> Result<(), Fault> {
     let (source, destination) = (&targets[segment.source], &targets[segment.destination]);
     let len = segment.from.end - segment.from.start;
     let chunks = len.div_ceil(CHUNK);
@@ -190,12 +190,20 @@ fn copy(targets: &[Arc<State>], segment: &Segment, progress: &mut Progress<'_>) 
         let at = CHUNK * if backwards { chunks - 1 - index } else { index };
         let piece = CHUNK.min(len - at);
         let bytes = &mut buffer[..usize::try_from(piece).unwrap_or(0)];
-        // A unit whose image is about to be replaced is not waited for: its replacement may wait for us.
-        let zeros = source.with_command(|c| read(c, segment.from.start + at, bytes)).ok_or(Triple::COPY_ABORTED)??;
-        destination.with_command(|c| write(c, segment.to + at, bytes, zeros)).ok_or(Triple::COPY_ABORTED)??;
+        let zeros = on(command, source, |unit| read(unit, segment.from.start + at, bytes))?;
+        on(command, destination, |unit| write(unit, segment.to + at, bytes, zeros))?;
         progress.bytes_done(piece);
     }
-    destination.with_command(|c| c.settle(false)).ok_or(Triple::COPY_ABORTED)?
+    on(command, destination, |unit| unit.settle(false))
+}
+
+/// Does something with a target. Another unit whose image is about to be replaced is not waited for: its replacement may be
+/// waiting for this command.
+fn on<R>(command: &Command<'_>, target: &Arc<State>, run: impl FnOnce(&Command<'_>) -> Result<R, Fault>) -> Result<R, Fault> {
+    if Arc::ptr_eq(target, command.lun) {
+        return run(command);
+    }
+    target.with_command(run).unwrap_or(Err(Triple::COPY_ABORTED.into()))
 }
 
 /// Fills `bytes`; true if the image knows without reading that they are zeros.
@@ -203,12 +211,12 @@ fn read(source: &Command<'_>, at: u64, bytes: &mut [u8]) -> Result<bool, Fault> 
     source.lun.operation.admit(0)?;
     let end = at + bytes.len() as u64;
     let _shared = source.lun.ranges.shared(at..end);
-    let extent = source.device.map(at, end - at).map_err(|e| Fault::reading(&e))?;
+    let extent = source.device.map(at, end - at).map_err(|e| source.read_error(&e))?;
     if extent.zero && extent.len >= end - at {
         bytes.fill(0);
         return Ok(true);
     }
-    source.device.read(&mut [IoSliceMut::new(bytes)], at).map_err(|e| Fault::reading(&e))?;
+    source.device.read(&mut [IoSliceMut::new(bytes)], at).map_err(|e| source.read_error(&e))?;
     Ok(false)
 }
 
@@ -222,5 +230,5 @@ fn write(destination: &Command<'_>, at: u64, bytes: &[u8], zeros: bool) -> Resul
     } else {
         destination.device.write(&[IoSlice::new(bytes)], at)
     };
-    result.map_err(|e| Fault::writing(&e))
+    result.map_err(|e| destination.write_error(&e))
 }

@@ -81,7 +81,7 @@ fn read(command: &Command<'_>, extent: &Extent, fua: bool, data: &mut Data<'_, '
         } else {
             let at = bytes.start;
             let _shared = command.lun.ranges.shared(bytes);
-            command.device.read(&mut slices, at).map_err(|e| Fault::reading(&e))?;
+            command.device.read(&mut slices, at).map_err(|e| command.read_error(&e))?;
         }
     }
     data.zero_from(valid);
@@ -106,7 +106,7 @@ pub fn write_blocks(command: &Command<'_>, extent: &Extent, data: &Data<'_, '_>)
     if len > 0 {
         let at = range.start;
         let _shared = command.lun.ranges.shared(range);
-        command.device.write(&data.slices(0, len), at).map_err(|e| Fault::writing(&e))?;
+        command.device.write(&data.slices(0, len), at).map_err(|e| command.write_error(&e))?;
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use crate::scsi::cdb::{Cdb, Extent};
 use crate::scsi::copy::CopyPeers;
 use crate::scsi::copy_results::Copies;
 use crate::scsi::data::Data;
+use crate::scsi::failure_log::FailureLog;
 use crate::scsi::log::Counters;
 use crate::scsi::mode::Parameters;
 use crate::scsi::opcode::{self, Access, Blocking, Direction, Entry, Presence, Reply};
@@ -94,6 +95,9 @@ pub struct Config {
     pub max_transfer_blocks: u32,
     /// The transfer length that suits best in blocks (VPD B0); 0 says nothing.
     pub optimal_transfer_blocks: u32,
+    /// The image's format records the sector size its guest used, so that the unit's blocks must be of that size. Otherwise
+    /// they must only be no smaller.
+    pub fixed_sector: bool,
     /// The kernel answers reservations (its `emulate_pr`), so that they are among the supported operation codes.
     pub kernel_reservations: bool,
 }
@@ -108,6 +112,7 @@ impl Default for Config {
             discard: true,
             max_transfer_blocks: 1 << 16,
             optimal_transfer_blocks: 0,
+            fixed_sector: false,
             kernel_reservations: true,
         }
     }
@@ -119,7 +124,7 @@ pub enum ConfigError {
     /// Neither 512 nor 4096.
     #[error("the block size is {0}; it must be 512 or 4096")]
     BlockSize(u32),
-    /// The guest of the image addressed it in larger sectors.
+    /// The guest of the image addressed it in other sectors.
     #[error("the image has sectors of {image} bytes and the LUN blocks of {lun}: create the backstore with hw_block_size={image}")]
     Sector {
         /// Of the image.
@@ -140,6 +145,9 @@ pub enum ConfigError {
     },
 }
 
+/// Longest transfer that is never refused, whatever is published.
+const MAX_TRANSFER_BLOCKS: u32 = 1 << 16;
+
 /// A logical unit. Clones are the same unit.
 #[derive(Clone)]
 pub struct Lun {
@@ -159,6 +167,7 @@ pub struct State {
     pub(super) operation: Operation,
     pub(super) copies: Copies,
     pub(super) counters: Counters,
+    failures: FailureLog,
     pub(super) ports: Option<Arc<dyn TargetPorts>>,
     pub(super) peers: Option<Arc<dyn CopyPeers>>,
 }
@@ -173,7 +182,8 @@ impl Backing {
     fn new(device: Arc<dyn BlockDevice>, config: &Config) -> Result<Self, ConfigError> {
         let limits = device.limits();
         match config.block_size {
-            512 | 4096 if limits.sector <= config.block_size => {}
+            512 | 4096 if limits.sector == config.block_size => {}
+            512 | 4096 if limits.sector < config.block_size && !config.fixed_sector => {}
             512 | 4096 => return Err(ConfigError::Sector { image: limits.sector, lun: config.block_size }),
             other => return Err(ConfigError::BlockSize(other)),
         }
@@ -216,6 +226,7 @@ impl Lun {
             operation: Operation::default(),
             copies: Copies::default(),
             counters: Counters::default(),
+            failures: FailureLog::default(),
             ports,
             peers,
         };
@@ -450,13 +461,26 @@ impl Command<'_> {
         Ok(lba * self.block_size()..(lba + blocks) * self.block_size())
     }
 
-    /// The same for a command that transfers the extent, which has the limit published in VPD B0.
+    /// The same for a command that transfers the extent. An initiator that does not know the limit published in VPD B0 may
+    /// exceed it to some extent: the transport found room for its data.
     pub(super) fn transfer_range(&self, extent: &Extent) -> Result<Range<u64>, Fault> {
         let range = self.range(extent.lba, u64::from(extent.blocks))?;
-        if extent.blocks > self.lun.config.max_transfer_blocks {
+        if extent.blocks > self.lun.config.max_transfer_blocks.max(MAX_TRANSFER_BLOCKS) {
             return Err(Fault::cdb(extent.blocks_field, None));
         }
         Ok(range)
+    }
+
+    /// What the initiator is told when the image failed while it was read; the log is told the rest.
+    pub(super) fn read_error(&self, error: &formats::Error) -> Fault {
+        self.lun.failures.log("reading", error);
+        Fault::reading(error)
+    }
+
+    /// The same while it was written.
+    pub(super) fn write_error(&self, error: &formats::Error) -> Fault {
+        self.lun.failures.log("writing", error);
+        Fault::writing(error)
     }
 
     /// After a change of the medium: makes it safe if the initiator asked for that, or has no write cache.
@@ -469,6 +493,6 @@ impl Command<'_> {
         if self.limits.read_only {
             return Ok(());
         }
-        self.device.flush().map_err(|e| Fault::writing(&e))
+        self.device.flush().map_err(|e| self.write_error(&e))
     }
 }

@@ -13,6 +13,7 @@ mod copy;
 mod copy_results;
 pub mod data;
 mod defects;
+mod failure_log;
 mod inquiry;
 mod io;
 mod log;

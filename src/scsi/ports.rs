@@ -73,6 +73,17 @@ pub(super) fn report(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '
     Ok(Reply::DataIn(data.reply(&reply, u64::from(cdb.u32(6)))))
 }
 
+/// The relative identifier of the only target port that leads to the unit, and the only group that has ports, if there is
+/// just one: a command does not say through which it came.
+pub(super) fn only(ports: &dyn TargetPorts) -> (Option<u16>, Option<u16>) {
+    let groups = ports.groups();
+    let mut used = groups.iter().filter(|group| !group.ports.is_empty());
+    match (used.next(), used.next()) {
+        (Some(group), None) => (group.ports.first().copied().filter(|_| group.ports.len() == 1), Some(group.id)),
+        _ => (None, None),
+    }
+}
+
 /// Every group and state is checked before the first is changed.
 pub(super) fn set(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>) -> Result<Reply, Fault> {
     let ports = command.lun.ports.as_ref().ok_or(Triple::INVALID_OPCODE)?;

@@ -71,12 +71,12 @@ fn unmap_range(command: &Command<'_>, range: Range<u64>) -> Result<(), Fault> {
     let end = if at_end { range.end } else { (range.end / granularity * granularity).max(start) };
     let edges = if command.limits.discard_zeroes { [range.start..start, end..range.end] } else { [0..0, 0..0] };
     if start < end {
-        command.device.discard(start, end - start).map_err(|e| Fault::writing(&e))?;
+        command.device.discard(start, end - start).map_err(|e| command.write_error(&e))?;
     }
     for edge in edges {
         let len = edge.end - edge.start;
         if (1..=MAX_EDGE).contains(&len) && !is_zero(command, &edge) {
-            command.device.zero(edge.start, len, ZeroMode::MayUnmap).map_err(|e| Fault::writing(&e))?;
+            command.device.zero(edge.start, len, ZeroMode::MayUnmap).map_err(|e| command.write_error(&e))?;
         }
     }
     Ok(())
@@ -139,7 +139,7 @@ fn status_of(command: &Command<'_>, lba: u64, most: u64) -> Result<(u32, u8), Fa
         return Ok((most as u32, 0));
     }
     let block = command.block_size();
-    let extent = command.device.map(lba * block, most * block).map_err(|e| Fault::reading(&e))?;
+    let extent = command.device.map(lba * block, most * block).map_err(|e| command.read_error(&e))?;
     match u32::try_from(extent.len / block) {
         Ok(0) => Ok((1, 0)),
         Ok(blocks) => Ok((blocks, u8::from(!extent.allocated))),

@@ -171,7 +171,7 @@ fn each_step(
     let mut at = 0;
     while at < size {
         let len = STEP.min(size - at);
-        step(at, len).map_err(|e| Fault::writing(&e))?;
+        step(at, len).map_err(|e| command.write_error(&e))?;
         at += len;
         let done = pass.saturating_mul(size).saturating_add(at);
         command.lun.operation.progress(done, passes.saturating_mul(size));

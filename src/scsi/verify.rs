@@ -112,7 +112,7 @@ fn for_chunks(command: &Command<'_>, range: Range<u64>, mut each: impl FnMut(u64
     while at < range.end {
         let take = usize::try_from(range.end - at).map_or(buffer.len(), |left| left.min(buffer.len()));
         let chunk = &mut buffer[..take];
-        command.device.read(&mut [IoSliceMut::new(chunk)], at).map_err(|e| Fault::reading(&e))?;
+        command.device.read(&mut [IoSliceMut::new(chunk)], at).map_err(|e| command.read_error(&e))?;
         each(at, chunk)?;
         at += take as u64;
     }

@@ -5,6 +5,7 @@ use crate::scsi::copy::{BLOCK_TO_BLOCK, BLOCK_TO_BLOCK_OFFSET, IDENTIFICATION, M
 use crate::scsi::inquiry::ascii;
 use crate::scsi::lun::{Command, State};
 use crate::scsi::opcode::TABLE;
+use crate::scsi::ports;
 use crate::scsi::provisioning::{MAX_UNMAP_BLOCKS, MAX_UNMAP_DESCRIPTORS};
 use crate::scsi::write_same::max_write_same_blocks;
 
@@ -48,7 +49,7 @@ fn serial(lun: &State) -> Option<String> {
 }
 
 /// T10 vendor identification with the serial number, and the NAA designator that the kernel makes of the same serial number,
-/// so that the unit keeps its name whatever program serves it.
+/// so that the unit keeps its name whatever program serves it. The target port and its group follow where there is but one.
 fn device_identification(command: &Command<'_>) -> Vec<u8> {
     let mut page = Vec::new();
     let Some(serial) = serial(command.lun) else { return page };
@@ -56,10 +57,19 @@ fn device_identification(command: &Command<'_>) -> Vec<u8> {
     t10.extend(serial.bytes());
     designator(&mut page, 0x02, 0x01, &t10);
     designator(&mut page, 0x01, 0x03, &naa(&serial));
+    if let Some(ports) = command.lun.ports.as_deref().filter(|ports| ports.modes() & 3 != 0) {
+        let (port, group) = ports::only(ports);
+        for (kind, id) in [(0x14, port), (0x15, group)] {
+            if let Some(id) = id {
+                let [high, low] = id.to_be_bytes();
+                designator(&mut page, 0x01, kind, &[0, 0, high, low]);
+            }
+        }
+    }
     page
 }
 
-/// Appends a designation descriptor of the logical unit.
+/// Appends a designation descriptor; `kind` is its type, with the association if that is not the logical unit.
 fn designator(page: &mut Vec<u8>, code_set: u8, kind: u8, designator: &[u8]) {
     // Serial numbers are at most 200 bytes, so the length fits a byte.
     page.extend([code_set, kind, 0, designator.len() as u8]);

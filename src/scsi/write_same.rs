@@ -54,7 +54,7 @@ fn write_same(command: &Command<'_>, extent: &Extent, unmap: bool, no_data: bool
         let mode = if unmap { ZeroMode::MayUnmap } else { ZeroMode::KeepAllocated };
         let at = range.start;
         let _shared = command.lun.ranges.shared(range);
-        command.device.zero(at, len, mode).map_err(|e| Fault::writing(&e))?;
+        command.device.zero(at, len, mode).map_err(|e| command.write_error(&e))?;
     } else {
         let pattern = block.repeat(usize::try_from(CHUNK.min(len) / command.block_size()).unwrap_or(1));
         let mut at = range.start;
@@ -62,7 +62,7 @@ fn write_same(command: &Command<'_>, extent: &Extent, unmap: bool, no_data: bool
         let _exclusive = command.lun.ranges.exclusive(range);
         while at < end {
             let take = usize::try_from(end - at).map_or(pattern.len(), |left| left.min(pattern.len()));
-            command.device.write(&[IoSlice::new(&pattern[..take])], at).map_err(|e| Fault::writing(&e))?;
+            command.device.write(&[IoSlice::new(&pattern[..take])], at).map_err(|e| command.write_error(&e))?;
             at += take as u64;
         }
     }

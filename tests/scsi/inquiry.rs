@@ -167,6 +167,9 @@ fn what_a_lun_is_refused_for() {
     let four_k = Limits { sector: 4096, ..limits };
     assert_eq!(make(four_k, config.clone()), Some(ConfigError::Sector { image: 4096, lun: 512 }));
     assert_eq!(make(four_k, Config { block_size: 4096, ..config.clone() }), None);
+    let fixed = |block_size| Config { block_size, fixed_sector: true, ..config.clone() };
+    assert_eq!(make(limits, fixed(512)), None);
+    assert_eq!(make(limits, fixed(4096)), Some(ConfigError::Sector { image: 512, lun: 4096 }));
     let too_large = Config { size: Some(2 << 20), ..config.clone() };
     assert_eq!(make(limits, too_large), Some(ConfigError::TooLarge { image: 1 << 20, lun: 2 << 20 }));
     assert_eq!(make(limits, Config { size: Some(511), ..config }), Some(ConfigError::TooSmall(511)));

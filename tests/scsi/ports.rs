@@ -89,6 +89,24 @@ fn set_by_the_initiator() {
 }
 
 #[test]
+fn identification_names_the_port_if_there_is_but_one() {
+    let with = |groups: Vec<PortGroup>| {
+        let ports: Arc<dyn TargetPorts> = Arc::new(Target { modes: IMPLICIT, groups: Mutex::new(groups) });
+        let (memory, identity) = (Arc::new(Memory::new(1 << 20)), Identity::with_serial("1"));
+        let lun = Lun::with_surroundings(memory.clone(), identity, Config::default(), Some(ports), None).unwrap();
+        let page = Disk { memory, lun }.read(&[0x12, 1, 0x83, 0, 255, 0], 255);
+        page[4 + 4 + 9 + 4 + 16..].to_vec()
+    };
+    let group = |id, ports: &[u16]| PortGroup { id, state: 0, preferred: false, supported: 1, status: 0, ports: ports.to_vec() };
+    let port = [1, 0x14, 0, 4, 0, 0, 0, 7];
+    let of_group = [1, 0x15, 0, 4, 0, 0, 1, 2];
+    assert_eq!(with(vec![group(0, &[]), group(0x102, &[7])]), [port, of_group].concat());
+    assert_eq!(with(vec![group(0x102, &[7, 8])]), of_group);
+    assert_eq!(with(vec![group(0x102, &[7]), group(1, &[8])]), b"");
+    assert_eq!(with(vec![]), b"");
+}
+
+#[test]
 fn not_without_groups() {
     assert_eq!(Disk::new().cdb_fault(&report(0, 255), &[]), (1, Some(4)));
     assert_eq!(Disk::new().triple(&set(0), &[]), (5, 0x20, 0));
