@@ -190,6 +190,8 @@ mod tests {
         fs::create_dir_all(backstore.path()).unwrap();
         let target = configfs.loopback("naa.5001405000000001");
         fs::create_dir_all(target.group().join("lun")).unwrap();
+        // The fabric's directory holds files too.
+        fs::write(configfs.target.join("loopback/version"), "").unwrap();
         target.add_lun(4, &backstore).unwrap();
         let luns = configfs.loopback_luns().unwrap();
         assert_eq!(luns.len(), 1);

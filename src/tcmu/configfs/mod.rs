@@ -70,11 +70,11 @@ impl Configfs {
     }
 }
 
-/// The names in a directory, sorted; none if it does not exist.
+/// The names in a directory, sorted; none if there is no such directory (configfs has files among them).
 fn list(path: &Path) -> Result<Vec<String>> {
     let listing = match fs::read_dir(path) {
         Ok(listing) => listing,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(Vec::new()),
         Err(source) => return Err(Error::Path { what: "list", path: path.to_owned(), source }),
     };
     let mut names = Vec::new();
