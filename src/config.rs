@@ -97,7 +97,7 @@ impl Configuration {
 
     /// What opening images needs of it.
     pub fn environment(&self) -> Environment {
-        Environment { allowed: self.allow.clone(), exports: self.exports.clone() }
+        Environment { allowed: self.allow.clone(), exports: self.exports.clone(), redo: None }
     }
 }
 

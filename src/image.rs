@@ -2,6 +2,7 @@
 
 use cfgstring::{Config, Discard, Spec, ZeroDetection};
 use formats::gate::Gate;
+use formats::open::RedoLogs;
 use formats::{Cache, Error, Image, Kind, OpenOptions, Result};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,6 +14,8 @@ pub struct Environment {
     pub allowed: Vec<PathBuf>,
     /// Named exports (`@NAME`).
     pub exports: Exports,
+    /// What keeps acknowledged writes when this process dies; only a server needs it.
+    pub redo: Option<Arc<dyn RedoLogs>>,
 }
 
 /// The exports of the configuration file.
@@ -70,6 +73,9 @@ impl Environment {
         options.parent.clone_from(&spec.parent);
         options.snapshot_name.clone_from(&spec.snapshot_name);
         options.gate = Gate { allowed: self.allowed.clone(), locking: purpose != Purpose::Inspect, ..Gate::default() };
+        if purpose == Purpose::Serve {
+            options.redo.clone_from(&self.redo);
+        }
         if let Some(bytes) = spec.cache_size {
             options.cache = Some(Arc::new(Cache::new(usize::try_from(bytes).unwrap_or(usize::MAX))));
         }

@@ -3,16 +3,23 @@
 //! To add a sub-command: a file with a `clap::Args` struct that has `fn run(self) -> Result<ExitCode, Failure>`, a variant of
 //! [`Command`] and an arm in [`Command::run`].
 
+mod attach;
 mod cat;
 mod check;
 mod check_config;
+mod detach;
 mod failure;
 mod formats;
 mod image;
 mod info;
+mod list;
 mod map;
+
 mod nbd;
 
+mod serve;
+
+pub use attach::load_module;
 pub use failure::Failure;
 pub use image::ImageArgs;
 
@@ -43,6 +50,10 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Serve(serve::Serve),
+    Attach(attach::Attach),
+    Detach(detach::Detach),
+    List(list::List),
     Info(info::Info),
     Map(map::Map),
     Cat(cat::Cat),
@@ -55,6 +66,10 @@ enum Command {
 impl Command {
     fn run(self) -> Result<ExitCode, Failure> {
         match self {
+            Self::Serve(command) => command.run(),
+            Self::Attach(command) => command.run(),
+            Self::Detach(command) => command.run(),
+            Self::List(command) => command.run(),
             Self::Info(command) => command.run(),
             Self::Map(command) => command.run(),
             Self::Cat(command) => command.run(),

@@ -14,11 +14,6 @@ pub fn ready(status: &str) {
     send(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
-/// A line for `systemctl status`.
-pub fn status(status: &str) {
-    send(&[NotifyState::Status(status)]);
-}
-
 /// We are on our way out, and it may take `patience`.
 pub fn stopping(patience: Duration) {
     let usec = u32::try_from(patience.as_micros()).unwrap_or(u32::MAX);

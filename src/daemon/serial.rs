@@ -56,6 +56,11 @@ impl Serial {
         }
     }
 
+    /// Whether `device` has jobs.
+    pub fn is_busy(&self, device: &str) -> bool {
+        self.queues.lock().contains_key(device)
+    }
+
     /// How many devices have jobs.
     pub fn busy(&self) -> usize {
         self.queues.lock().len()

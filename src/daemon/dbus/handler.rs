@@ -84,9 +84,11 @@ impl Handler {
         let running = Running(Arc::clone(&self.running));
         let environment = Arc::clone(&self.environment.read());
         let spawned = thread::Builder::new().name("check-config".into()).spawn(move || {
-            let _running = running;
+            let running = running;
+            let verdict = check::open(&environment, &config).map_err(|error| error.chain());
+            drop(running);
             // When nobody waits any more the verdict is of no use.
-            let _ = sender.send(check::open(&environment, &config).map_err(|error| error.chain()));
+            let _ = sender.send(verdict);
         });
         if let Err(error) = spawned {
             return Err(format!("cannot start a thread: {error}"));

@@ -1,0 +1,217 @@
+//! One LUN: from its configuration string to an open image, a SCSI unit and a ring that is served; and its changes and end.
+
+use super::errno::Refusal;
+use super::rings::Rings;
+use crate::image::{self, Environment, Purpose};
+use crate::scsi::{self, Identity, Lun};
+use crate::serve::{Pool, Served};
+use crate::tcmu::configfs::Backstore;
+use crate::tcmu::uio::UioDevice;
+use cfgstring::{Config, Discard, Spec};
+use formats::{BlockDevice, Image};
+use nix::errno::Errno;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// `hw_max_sectors` when nobody asked for anything.
+const KERNEL_MAX_SECTORS: u32 = 128;
+
+/// What one command may transfer unless the backstore says otherwise: the kernel's own default of 64 KiB halves the throughput.
+const MAX_TRANSFER_BYTES: u64 = 4 << 20;
+
+/// The backing of a device: changes with its dev_config.
+struct Backing {
+    /// REST of the dev_config.
+    config: String,
+    spec: Spec,
+    image: Arc<Image>,
+}
+
+/// A LUN that is served.
+pub struct Device {
+    uio: UioDevice,
+    lun: Arc<Lun>,
+    backing: Mutex<Backing>,
+    served: Mutex<Option<Served>>,
+}
+
+impl Device {
+    /// Opens the image and takes the ring into service.
+    ///
+    /// # Errors
+    /// Why not, with the errno that the kernel is to be told.
+    pub fn start(
+        uio: UioDevice,
+        backstore: &Backstore,
+        environment: &Environment,
+        rings: &dyn Rings,
+        pool: &Pool,
+    ) -> Result<Self, Refusal> {
+        let (config, spec, image) = open(&uio.name.config, environment)?;
+        let lun = Arc::new(lun(backstore, &spec, &image)?);
+        let ring = rings.attach(&uio, backstore)?;
+        let served =
+            pool.serve(ring, Arc::clone(&lun)).map_err(|error| Refusal::new(Errno::EIO, format!("cannot serve the ring: {error}")))?;
+        tracing::info!(
+            "serves {} ({}, {} bytes{})",
+            spec.file.display(),
+            image.format().name(),
+            lun.blocks() * u64::from(lun.block_size()),
+            if image.limits().read_only { ", read-only" } else { "" }
+        );
+        Ok(Self { uio, lun, backing: Mutex::new(Backing { config, spec, image }), served: Mutex::new(Some(served)) })
+    }
+
+    /// The kernel's device.
+    pub fn uio(&self) -> &UioDevice {
+        &self.uio
+    }
+
+    /// The SCSI unit.
+    pub fn lun(&self) -> &Lun {
+        &self.lun
+    }
+
+    /// The image now behind it.
+    pub fn image(&self) -> Arc<Image> {
+        Arc::clone(&self.backing.lock().image)
+    }
+
+    /// The configuration now in force, as the kernel has it, and what it means.
+    pub fn config(&self) -> (String, Spec) {
+        let backing = self.backing.lock();
+        (backing.config.clone(), backing.spec.clone())
+    }
+
+    /// Puts another configuration in force. The same one is no change: tools that restore a saved configuration set it again.
+    ///
+    /// # Errors
+    /// The new image does not open or does not fit. The old one is then served on.
+    pub fn set_config(&self, dev_config: &str, environment: &Environment) -> Result<(), Refusal> {
+        let rest = dev_config.strip_prefix(cfgstring::SUBTYPE).and_then(|rest| rest.strip_prefix('/'));
+        let Some(rest) = rest else {
+            return Err(Refusal::new(
+                Errno::EINVAL,
+                format!("'{dev_config}' is of another handler: remove the backstore and create a new one"),
+            ));
+        };
+        let mut backing = self.backing.lock();
+        let parsed = Config::parse(rest.as_bytes())?;
+        if parsed == Config::parse(backing.config.as_bytes())? && environment.resolve(&parsed)? == backing.spec {
+            rest.clone_into(&mut backing.config);
+            return Ok(());
+        }
+        let (config, spec, image) = open(rest, environment)?;
+        let old = self.lun.replace(image.clone()).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))?;
+        drop(old);
+        tracing::info!("now serves {} instead of {}", spec.file.display(), backing.spec.file.display());
+        let before = std::mem::replace(&mut *backing, Backing { config, spec, image });
+        close(&before.image);
+        Ok(())
+    }
+
+    /// Makes the LUN `size` bytes large, growing the image where it has to.
+    ///
+    /// # Errors
+    /// The image cannot grow.
+    pub fn set_size(&self, size: u64) -> Result<(), Refusal> {
+        let now = self.lun.blocks() * u64::from(self.lun.block_size());
+        if size == now {
+            return Ok(());
+        }
+        let image = self.image();
+        let room = image.limits().size;
+        if size > room {
+            image.grow(size)?;
+        }
+        self.lun.capacity_changed(size).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))?;
+        if size < now {
+            tracing::warn!("shrank from {now} to {size} bytes; what the image holds beyond is kept");
+        } else {
+            tracing::info!("grew from {now} to {size} bytes");
+        }
+        Ok(())
+    }
+
+    /// Switches the volatile write cache.
+    ///
+    /// # Errors
+    /// What was written before could not be made safe.
+    pub fn set_write_cache(&self, on: bool) -> Result<(), Refusal> {
+        if self.lun.write_cache() != on {
+            self.lun.set_write_cache(on)?;
+            tracing::info!("write cache {}", if on { "on" } else { "off" });
+        }
+        Ok(())
+    }
+
+    /// Takes the ring out of service when all commands under way have ended, then flushes and closes the image. Memory and file of
+    /// the UIO device are closed when this returns. Commands that hang hold it up: `progress` is called now and then.
+    pub fn stop(&self, mut progress: impl FnMut(usize)) {
+        if let Some(served) = self.served.lock().take() {
+            let mut stopping = served.stop();
+            while !stopping.wait(Duration::from_secs(5)) {
+                progress(stopping.in_flight());
+            }
+        }
+        close(&self.image());
+    }
+}
+
+/// Opens what REST of a dev_config describes.
+fn open(rest: &str, environment: &Environment) -> Result<(String, Spec, Arc<Image>), Refusal> {
+    let config = Config::parse(rest.as_bytes())?;
+    let spec = environment.resolve(&config)?;
+    image::require_absolute(&spec)?;
+    let image = environment.open(&spec, Purpose::Serve)?;
+    Ok((rest.to_owned(), spec, image))
+}
+
+/// Flushes and closes; there is nobody left to tell but the log.
+fn close(image: &Image) {
+    if let Err(error) = image.close() {
+        tracing::error!("cannot close {} cleanly: {}", image.path().display(), error.chain());
+    }
+}
+
+/// The SCSI unit over an image, as the backstore says.
+fn lun(backstore: &Backstore, spec: &Spec, image: &Arc<Image>) -> Result<Lun, Refusal> {
+    let limits = image.limits();
+    let size = backstore.size()?;
+    let block_size = backstore.block_size().unwrap_or(512);
+    if size > limits.size {
+        return Err(Refusal::new(
+            Errno::EINVAL,
+            format!("the backstore is {size} bytes, which is more than {} has: create it with size {}", spec.file.display(), limits.size),
+        ));
+    }
+    if size < limits.size {
+        tracing::warn!("the backstore is {size} bytes and {} has {}: the rest is not served", spec.file.display(), limits.size);
+    }
+    let serial_of = backstore.clone();
+    // The serial number is set after the device is enabled, but always before somebody may ask.
+    let identity = Identity::with_serial_source(move || serial_of.unit_serial().ok().flatten());
+    let config = scsi::Config {
+        block_size,
+        size: Some(size),
+        read_only: spec.read_only,
+        write_cache: true,
+        discard: spec.discard == Discard::Unmap,
+        max_transfer_blocks: max_transfer_blocks(backstore, block_size),
+        ..scsi::Config::default()
+    };
+    Lun::new(image.clone(), identity, config).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))
+}
+
+/// What the backstore asks for; more than the kernel's small default where it asks for nothing, as far as the data area goes.
+fn max_transfer_blocks(backstore: &Backstore, block_size: u32) -> u32 {
+    let asked = backstore.max_sectors().unwrap_or(KERNEL_MAX_SECTORS);
+    if asked != KERNEL_MAX_SECTORS {
+        return asked;
+    }
+    let area = backstore.attribute("max_data_area_mb").ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(1024) << 20;
+    // Several of the largest commands must fit, or they would wait for each other.
+    let bytes = MAX_TRANSFER_BYTES.min(area / 8).max(64 << 10);
+    u32::try_from(bytes / u64::from(block_size.max(512))).unwrap_or(KERNEL_MAX_SECTORS)
+}
