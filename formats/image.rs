@@ -320,8 +320,15 @@ impl BlockDevice for Image {
                 guard.grow(old, size, |buf, at| self.read(&mut [IoSliceMut::new(buf)], at)).map_err(|e| e.at_path(&self.path))?;
             }
             self.format.grow(size).map_err(|e| e.at_path(&self.path))?;
+            let new = self.format.limits().size;
+            self.size.store(new, Ordering::Release);
+            // What lies beyond the old end in its last unit, and in the parent, was never meant to be seen.
+            let below = self.parent.as_ref().map_or(0, |p| p.size());
+            let end = below.max(old.checked_next_multiple_of(self.unit).unwrap_or(new)).min(new);
+            if end > old {
+                self.zero_range(old, end - old, ZeroMode::MayUnmap).inspect_err(|_| self.size.store(old, Ordering::Release))?;
+            }
             self.flush_held()?;
-            self.size.store(self.format.limits().size, Ordering::Release);
         }
         Ok(())
     }
