@@ -10,6 +10,7 @@ use crate::store::Store;
 /// Offsets of header fields that are changed while an image is open, in bytes.
 pub(super) mod field {
     pub const SIZE: u64 = 24;
+    pub const L1_ENTRIES: u64 = 36;
     pub const REFTABLE_AT: u64 = 48;
     pub const INCOMPATIBLE: u64 = 72;
     pub const AUTOCLEAR: u64 = 88;

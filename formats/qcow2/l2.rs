@@ -8,6 +8,7 @@ use super::l1::L1;
 use crate::error::Result;
 use crate::writeback::WriteBack;
 use parking_lot::Mutex;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -56,6 +57,13 @@ impl L2Table {
     /// Entry number `index`; `None`: its slice is not loaded.
     pub fn entry(&self, index: usize) -> Option<u64> {
         Some(self.slices.get(index / SLICE)?.get()?.entries.get(index % SLICE)?.load(Ordering::Acquire))
+    }
+
+    /// The first of the entries whose slice is not loaded.
+    pub fn missing(&self, indices: &Range<usize>) -> Option<usize> {
+        let slices = indices.start / SLICE..indices.end.div_ceil(SLICE);
+        let missing = slices.into_iter().find(|s| self.slices.get(*s).is_some_and(|s| s.get().is_none()))?;
+        Some((missing * SLICE).max(indices.start))
     }
 
     /// Whether the cluster of the entry may be written in place, as far as is known.

@@ -7,9 +7,11 @@ use super::Qcow2;
 use super::entry::Entry;
 use super::l1::{self, Slot};
 use super::l2::L2Table;
+use super::write::Raws;
 use crate::error::{Error, Kind, Result};
 use crate::format::{Extent, Place, Unit};
-use std::ops::ControlFlow;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 /// A run within a table, in the making.
 enum Run {
@@ -31,7 +33,7 @@ impl Qcow2 {
             return Ok(self.unmapped(at, want, slot_index));
         };
         let index = self.geometry.l2_index(at);
-        self.with_table(slot, slot_index, index, |table| self.run_in(table, index, at, want))
+        self.with_table(slot, slot_index, index..index + 1, |table| self.run_in(table, index, at, want))
     }
 
     /// A run of L1 entries that have no table.
@@ -44,22 +46,30 @@ impl Qcow2 {
         Extent { len, place: Place::Parent }
     }
 
-    /// Calls `look` with the table of the slot, whose entry `index` is loaded, under the slot's shared lock.
-    pub(super) fn with_table<R>(&self, slot: &Slot, slot_index: u64, index: usize, look: impl FnOnce(&L2Table) -> Result<R>) -> Result<R> {
+    /// Calls `look` with the table of the slot, whose entries `indices` are loaded, under the slot's shared lock.
+    pub(super) fn with_table<R>(
+        &self,
+        slot: &Slot,
+        slot_index: u64,
+        indices: Range<usize>,
+        look: impl FnOnce(&L2Table) -> Result<R>,
+    ) -> Result<R> {
         loop {
-            let table = {
+            let missing = {
                 let guard = slot.table.read();
                 match &*guard {
-                    Some(table) if table.entry(index).is_some() => {
-                        table.touch();
-                        return look(table);
-                    }
-                    Some(table) => Some(table.clone()),
+                    Some(table) => match table.missing(&indices) {
+                        None => {
+                            table.touch();
+                            return look(table);
+                        }
+                        Some(index) => Some((table.clone(), index)),
+                    },
                     None => None,
                 }
             };
-            match table {
-                Some(table) => table.load(&self.writeback, index)?,
+            match missing {
+                Some((table, index)) => table.load(&self.writeback, index)?,
                 None => self.install(slot, slot_index)?,
             }
         }
@@ -91,13 +101,14 @@ impl Qcow2 {
     fn run_in(&self, table: &L2Table, index: usize, at: u64, want: u64) -> Result<Extent> {
         let cluster = self.geometry.cluster_size();
         let skip = self.geometry.in_cluster(at);
+        let changeable = self.refcounts.is_some() && !self.damaged.load(Ordering::Acquire);
         let (entry, verified) = self.entry_in(table, index)?;
         let run = match entry {
             Entry::Compressed { host, len } => {
                 let unit = Unit { id: host, aux: len, decoded_len: cluster as u32 };
                 return Ok(Extent { len: want.min(cluster - skip), place: Place::Encoded { unit, skip } });
             }
-            Entry::Data { host, copied } => Run::Data { host, in_place: copied && verified },
+            Entry::Data { host, copied } => Run::Data { host, in_place: copied && verified && changeable },
             Entry::Zero { host, .. } => Run::Zero { reserved: host.is_some() },
             Entry::Unallocated => Run::Parent,
         };
@@ -106,7 +117,7 @@ impl Qcow2 {
         while len < want && (next as u64) < self.geometry.l2_entries() && table.entry(next).is_some() {
             // An impossible entry is reported when it is reached.
             let Ok((entry, verified)) = self.entry_in(table, next) else { break };
-            if self.continues(&run, entry, verified, skip + len).is_break() {
+            if !continues(&run, entry, verified && changeable, skip + len) {
                 break;
             }
             len += cluster;
@@ -120,17 +131,6 @@ impl Qcow2 {
         Ok(Extent { len: len.min(want), place })
     }
 
-    /// Whether an entry continues a run that began `ahead` bytes before it.
-    fn continues(&self, run: &Run, entry: Entry, verified: bool, ahead: u64) -> ControlFlow<()> {
-        let same = match (run, entry) {
-            (Run::Data { host, in_place }, Entry::Data { host: next, copied }) => next == host + ahead && *in_place == (copied && verified),
-            (Run::Zero { reserved }, Entry::Zero { host, .. }) => *reserved == host.is_some(),
-            (Run::Parent, Entry::Unallocated) => true,
-            _ => false,
-        };
-        if same { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-    }
-
     /// What a loaded entry says, and whether its cluster may be written in place.
     fn entry_in(&self, table: &L2Table, index: usize) -> Result<(Entry, bool)> {
         let raw = table.entry(index).unwrap_or(0);
@@ -138,11 +138,21 @@ impl Qcow2 {
         Ok((entry, table.verified(index)))
     }
 
-    /// The raw entries of `count` clusters from guest offset `at` on, within one table.
-    pub(super) fn raw_entries(&self, at: u64, count: usize) -> Result<Vec<u64>> {
-        let slot_index = l1::index(self.geometry, at);
-        let first = self.geometry.l2_index(at);
-        let Some(slot) = self.l1.slot(slot_index).filter(|s| s.table_at() != 0) else { return Ok(vec![0; count]) };
-        (first..first + count).map(|i| self.with_table(slot, slot_index, i, |t| Ok(t.entry(i).unwrap_or(0)))).collect()
+    /// `count` raw entries from `first` on of the table of an L1 entry that has one.
+    pub(super) fn raw_entries(&self, slot_index: u64, first: usize, count: usize) -> Result<Raws> {
+        let indices = first..first + count;
+        self.with_table(self.l1.slot_for(slot_index), slot_index, indices.clone(), |table| {
+            Ok(indices.map(|i| table.entry(i).unwrap_or(0)).collect())
+        })
+    }
+}
+
+/// Whether an entry continues a run that began `ahead` bytes before it.
+fn continues(run: &Run, entry: Entry, may_change: bool, ahead: u64) -> bool {
+    match (run, entry) {
+        (Run::Data { host, in_place }, Entry::Data { host: next, copied }) => next == host + ahead && *in_place == (copied && may_change),
+        (Run::Zero { reserved }, Entry::Zero { host, .. }) => *reserved == host.is_some(),
+        (Run::Parent, Entry::Unallocated) => true,
+        _ => false,
     }
 }

@@ -1,22 +1,27 @@
 //! Opening an image, and what `info` says about one.
 
 use super::Qcow2;
-use super::entry::MAX_L1_BYTES;
+use super::entry::{MAX_L1_BYTES, REFTABLE_OFFSET};
 use super::header::{Compression, Header, LAZY_REFCOUNTS, incompatible};
 use super::l1::L1;
 use super::l2::L2Cache;
-use super::snapshots;
+use super::metadata::BITMAP_LIST;
+use super::refcount::Refcounts;
+use super::{bitmaps, snapshots};
 use crate::drivers::{Opened, ParentRef, Request};
 use crate::error::{Error, Kind, Result};
 use crate::writeback::WriteBack;
+use parking_lot::Mutex;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 /// Memory for L2 tables in bytes, as in QEMU: at 64 KiB clusters the tables of 256 GiB.
 const L2_CACHE: usize = 32 << 20;
+/// How many L2 tables can be made at once.
+const TABLE_LOCKS: usize = 16;
 
 /// Opens an image; see [`Driver::open`](crate::drivers::Driver::open).
 ///
@@ -28,12 +33,17 @@ pub fn open(request: Request<'_>) -> Result<Opened> {
     let writeback = Arc::new(WriteBack::new(stores.clone(), request.redo));
     let geometry = header.geometry;
     let file_len = stores[0].len().map_err(|e| Error::io("cannot find out the length of the file", e))?;
-    let (snapshots, _) = snapshots::read(&writeback, &header)?;
+    let writable = request.writable && request.snapshot_name.is_none();
+    if writable {
+        check_writable(&header)?;
+    }
+    let (snapshots, snapshots_len) = snapshots::read(&writeback, &header)?;
     let (l1_at, l1_entries, size) = match request.snapshot_name {
         None => (header.l1_at, header.l1_entries, header.size),
         Some(name) => place_of_snapshot(&header, &snapshots, name)?,
     };
     let l1 = L1::read(&writeback, l1_at, u64::from(l1_entries), file_len)?;
+    let refcounts = writable.then(|| read_refcounts(&writeback, &header, &l1, &snapshots, snapshots_len, file_len)).transpose()?;
     let parent = header.backing.as_ref().map(|name| ParentRef {
         names: vec![PathBuf::from(OsString::from_vec(name.clone()))],
         format: header.backing_format.clone(),
@@ -42,14 +52,72 @@ pub fn open(request: Request<'_>) -> Result<Opened> {
     let format = Qcow2 {
         geometry,
         size: AtomicU64::new(size),
+        size_pending: AtomicBool::new(false),
         l1,
         l2: L2Cache::new(geometry, L2_CACHE),
         snapshots,
+        refcounts,
+        table_locks: (0..TABLE_LOCKS).map(|_| Mutex::new(())).collect(),
+        incompatible: Mutex::new(header.incompatible),
+        damaged: AtomicBool::new(false),
         header,
         stores,
         writeback: writeback.clone(),
     };
     Ok(Opened { format: Arc::new(format), writeback, parent })
+}
+
+fn check_writable(header: &Header) -> Result<()> {
+    if header.incompatible & incompatible::CORRUPT != 0 {
+        return Err(Error::corrupt(
+            "the image is marked as damaged, so it can only be opened read-only (a check with repair may mend it: qemu-img check -r all)",
+        ));
+    }
+    if header.incompatible & incompatible::DIRTY != 0 {
+        return Err(Error::unsupported(
+            "the image was not closed cleanly and its refcounts must be rebuilt before it is written to (qemu-img check -r all)",
+        ));
+    }
+    Ok(())
+}
+
+/// The refcounts, with the places of all metadata that is known without a full check.
+fn read_refcounts(
+    writeback: &Arc<WriteBack>,
+    header: &Header,
+    l1: &L1,
+    snapshots: &[snapshots::Snapshot],
+    snapshots_len: u64,
+    file_len: u64,
+) -> Result<Refcounts> {
+    let g = header.geometry;
+    let refcounts = Refcounts::read(writeback.clone(), g, header.reftable_at, header.reftable_clusters, file_len)?;
+    let places = &refcounts.metadata;
+    let vital = [
+        (0, g.cluster_size(), "header"),
+        (header.l1_at, u64::from(header.l1_entries) * 8, "L1 table"),
+        (header.reftable_at, u64::from(header.reftable_clusters) << g.cluster_bits, "refcount table"),
+        (header.snapshots_at, snapshots_len, "snapshot table"),
+    ];
+    for (at, len, what) in vital {
+        if let Some(other) = places.add_run(at, g.round_up(len), what) {
+            return Err(Error::corrupt(format!("the {what} overlaps the {other}")).at_offset(at));
+        }
+    }
+    for snapshot in snapshots {
+        places.add_run(snapshot.l1_at, g.round_up(u64::from(snapshot.l1_entries) * 8), "L1 table of a snapshot");
+    }
+    if let Some(bitmaps) = &header.bitmaps {
+        places.add_run(bitmaps.at, g.round_up(bitmaps.size.min(file_len)), BITMAP_LIST);
+    }
+    refcounts
+        .lock()
+        .table
+        .iter()
+        .filter(|raw| **raw & REFTABLE_OFFSET != 0)
+        .for_each(|raw| places.add_table(raw & REFTABLE_OFFSET, "refcount block"));
+    l1.used().filter_map(|i| l1.slot(i)).for_each(|slot| places.add_table(slot.table_at(), "L2 table"));
+    Ok(refcounts)
 }
 
 /// L1 table and size of a snapshot, by its name or else its id.
@@ -99,6 +167,18 @@ pub(super) fn describe(image: &Qcow2) -> serde_json::Value {
     }
     if let Some(format) = &header.backing_format {
         add("backing-filename-format", format.as_str().into());
+    }
+    if let Some(at) = header.bitmaps
+        && let Ok((_, list)) = image.file_len().and_then(|len| bitmaps::read(&image.writeback, at, len))
+    {
+        let list = list.iter().map(|b| {
+            serde_json::json!({
+                "name": b.name,
+                "granularity": 1u64.checked_shl(b.granularity_bits.into()),
+                "flags": b.flag_names(),
+            })
+        });
+        add("bitmaps", list.collect::<Vec<_>>().into());
     }
     let list: Vec<serde_json::Value> = image
         .snapshots
