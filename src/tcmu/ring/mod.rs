@@ -109,7 +109,8 @@ impl Ring {
         let mut tail = index("tail", region.load_u32(mailbox::TAIL, Relaxed))?;
         let outside = |OutOfRegion| broken(RingFault::Geometry { offset: 0, size: 0, region: region.len() });
         if !intent::is_marked(&region).map_err(outside)? {
-            if head != tail {
+            // At tail 0 nothing was ever completed, so nothing is overwritten: the first to serve it comes late.
+            if head != tail && tail != 0 {
                 return Err(broken(RingFault::Foreign));
             }
             intent::mark(&region).map_err(outside)?;

@@ -174,10 +174,21 @@ fn a_completion_waits_if_its_slot_is_too_small_for_the_command_at_the_tail() {
 fn a_ring_of_somebody_else_has_to_be_reset_first() {
     let kernel = FakeKernel::new(Options::default()).unwrap();
     kernel.submit(&requests());
+    // Somebody who does not mark it completes the first command, and dies.
+    let first = kernel.region().load_u32(abi::MAILBOX_SIZE, Relaxed).unwrap() & !abi::OP_MASK;
+    kernel.region().store_u32(mailbox::TAIL, first, Relaxed).unwrap();
     let error = Ring::attach(kernel.map().unwrap(), kernel.doorbell(), "test", Completion::default()).unwrap_err();
     assert!(matches!(error, Error::Ring { fault: RingFault::Foreign, .. }), "{error}");
     kernel.reset();
     let ring = attach(&kernel);
     kernel.submit(&requests());
     assert_eq!(fetch_all(&ring).len(), requests().len());
+}
+
+#[test]
+fn a_ring_that_nobody_has_served_is_served_late() {
+    let kernel = FakeKernel::new(Options::default()).unwrap();
+    kernel.submit(&requests());
+    let found = fetch_all(&attach(&kernel));
+    assert!(found.len() == requests().len() && found.iter().all(Command::recovered));
 }
