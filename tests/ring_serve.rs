@@ -278,7 +278,7 @@ fn no_wakeup_is_lost() {
                 std::thread::spawn(move || {
                     let mut rounds = 0u64;
                     while Instant::now() < end {
-                        let cdb = if (rounds + number as u64) % 3 == 0 { MAY_WAIT } else { QUICK };
+                        let cdb = if (rounds + number as u64).is_multiple_of(3) { MAY_WAIT } else { QUICK };
                         let ids = kernel.submit(&without_data(cdb, depth));
                         for _ in ids {
                             let answer = kernel.answer(LONG).expect("a wake-up was lost");
