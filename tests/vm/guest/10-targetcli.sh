@@ -32,10 +32,10 @@ refused() { # CFGSTRING REGEX
     want_match "the answer to $1" "$OUTPUT" "$2"
     no_leftovers
 }
-refused "@id=x@fiel=/scratch/a" "fiel"
+refused "@id=x@fiel=/scratch/disk" "fiel"
 refused "@id=x" "file"
-refused "@id=x@file=/scratch/a,b" ","
-refused "@id=x@file=/scratch/a@format=fancy" "fancy"
+refused "@id=x@file=/scratch/disk,b" ","
+refused "@id=x@file=/root/test.file@format=fancy" "fancy"
 
 stop_daemon
 want_equal "the daemon's exit status after SIGTERM" "$DAEMON_STATUS" 0
