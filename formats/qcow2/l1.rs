@@ -5,7 +5,7 @@
 
 use super::entry::{Geometry, MAX_L1_BYTES, OFFSET};
 use super::l2::L2Table;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::writeback::WriteBack;
 use parking_lot::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -61,7 +61,11 @@ impl L1 {
     /// Reads the table of `entries` entries at `at`. Memory is taken for what is not zero.
     pub fn read(writeback: &WriteBack, at: u64, entries: u64, file_len: u64) -> Result<Self> {
         let table = Self { groups: [const { OnceLock::new() }; GROUPS], entries: AtomicU64::new(entries), at: AtomicU64::new(at) };
-        // Beyond the end of the file there are zeros.
+        // A file that was cut off before its L1 table must not pass for an empty disk.
+        if entries > 0 && at >= file_len {
+            return Err(Error::corrupt(format!("the L1 table lies beyond the end of the file, which has {file_len} bytes")).at_offset(at));
+        }
+        // What of the table is beyond the end is zeros.
         let len = (entries * 8).min(file_len.saturating_sub(at).next_multiple_of(8));
         let mut done = 0;
         let mut buf = Vec::new();
