@@ -71,7 +71,7 @@ poke bad.qcow2 36 ffffffff
 refused "an absurd L1 size" "L1" 16M @id=bad@file=/scratch/e/bad.qcow2 bad.qcow2
 cp good.qcow2 bad.qcow2
 poke bad.qcow2 79 02
-refused "the corrupt bit, read-write" "corrupt" 16M @id=bad@file=/scratch/e/bad.qcow2 bad.qcow2
+refused "the corrupt bit, read-write" "corrupt|marked as damaged" 16M @id=bad@file=/scratch/e/bad.qcow2 bad.qcow2
 cp good.qcow2 bad.qcow2
 poke bad.qcow2 72 8000000000000000
 refused "an unknown incompatible feature" "feature" 16M @id=bad@file=/scratch/e/bad.qcow2 bad.qcow2
