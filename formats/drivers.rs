@@ -160,6 +160,14 @@ const fn not_yet(name: &'static str, aliases: &'static [&'static str], recognise
     }
 }
 
+/// Replays the log of the format's own that a file may hold, into it.
+///
+/// # Errors
+/// The host's, and `Corrupt` when the log is damaged.
+pub fn finish_log(store: &Arc<dyn Store>) -> Result<()> {
+    if (crate::vhdx::DRIVER.recognise)(&Head::read(&**store)?) { crate::vhdx::finish_log(store) } else { Ok(()) }
+}
+
 /// The format of that name.
 ///
 /// # Errors

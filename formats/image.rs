@@ -131,10 +131,7 @@ impl Image {
 
     /// Looks at all metadata, and mends them if asked. Nothing else may be done with the image meanwhile (calls wait).
     pub fn check(&self, repair: bool) -> Result<CheckReport> {
-        let life = self.life.write();
-        if repair && !self.read_only {
-            self.begin_change(*life)?;
-        }
+        let _alone = self.life.write();
         self.writeback.drain(&*self.format)?;
         let report = self.format.check(repair).map_err(|e| e.at_path(&self.path))?;
         self.writeback.drain(&*self.format)?;

@@ -5,6 +5,7 @@
 
 pub mod file;
 
+use crate::drivers;
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::writeback::Stage;
@@ -49,7 +50,8 @@ pub struct Record {
     pub bytes: Vec<u8>,
 }
 
-/// Makes the records again in the files, with a group's barrier between its reservations and its publications, and syncs.
+/// Makes the records again in the files, with a group's barrier between its reservations and its publications, and syncs. A format's own log comes
+/// first: it is older than the records, and replayed after them would bring back what they replaced.
 ///
 /// # Errors
 /// The host's, or a record that names a store which does not exist. The files are then as after a power cut, and the replay can be repeated.
@@ -61,6 +63,9 @@ pub fn replay(records: &[Record], stores: &[Arc<dyn Store>]) -> Result<()> {
             .ok_or_else(|| Error::corrupt(format!("the redo log names file {} of an image that has {}", record.store, stores.len())))?;
         store.write_all_at(&record.bytes, record.at).map_err(|e| Error::io("cannot finish an acknowledged write", e).at_offset(record.at))
     };
+    if let (Some(store), false) = (stores.first(), records.is_empty()) {
+        drivers::finish_log(store)?;
+    }
     for group in records.chunk_by(|a, b| a.group == b.group) {
         group.iter().filter(|r| r.stage == Stage::Reserve).try_for_each(&write)?;
         sync()?;

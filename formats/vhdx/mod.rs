@@ -218,6 +218,15 @@ impl Vhdx {
     }
 }
 
+/// Replays the log of an image that was not closed cleanly into its file.
+pub(crate) fn finish_log(store: &Arc<dyn Store>) -> Result<()> {
+    let mut headers = Headers::read(&**store)?;
+    if headers.current.log.is_nil() {
+        return Ok(());
+    }
+    recover(&**store, &mut headers, &WriteBack::unmirrored(vec![store.clone()]))
+}
+
 /// Replays the log into the file and marks it as empty. Repeated if cut short.
 fn recover(store: &dyn Store, headers: &mut Headers, writeback: &WriteBack) -> Result<()> {
     log::ActiveSequence::find(store, &headers.current)?.replay(&mut log::InPlace(store))?;
