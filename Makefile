@@ -56,7 +56,7 @@ test-smp: build
 	tests/vm/suite --qemu --bin $(BIN) $(SMP_TESTS)
 
 test-long: build
-	cargo nextest run --workspace --locked --run-ignored all
+	FORMATS_TEST_LONG=1 cargo nextest run --workspace --locked --run-ignored all
 	tests/vm/suite --uml --bin $(BIN) 8
 	tests/vm/suite --qemu --bin $(BIN)
 

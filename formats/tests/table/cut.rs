@@ -8,7 +8,6 @@ use formats::{BlockDevice, Image};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -146,7 +145,10 @@ fn own(operation: Operation, thread: u64, threads: u64, mix: &Mix) -> Operation 
     let (strip, base) = if sector < half { ((mix.unit / threads).clamp(1, 24), 0) } else { (mix.unit, half) };
     let round = strip * threads;
     let start = base + (sector - base) / round * round + thread * strip;
-    let (start, end) = if start + strip <= mix.sectors { (start, start + strip) } else { (thread, thread + 1) };
+    let (start, end) = (start, (start + strip).min(mix.sectors));
+    if start >= end || (base == 0 && end > half) {
+        return Operation::Flush;
+    }
     let sector = start + sector % (end - start);
     let count = count.min(end - sector);
     match operation {
@@ -169,7 +171,8 @@ pub fn after_power_cut(run: &Run, position: usize, seed: u64) -> Vec<u8> {
     // How many whole changes get through, and how many in part.
     let (whole, torn) =
         [(0.0, 0.0), (1.0, 0.0), (0.1, 0.0), (0.5, 0.0), (0.9, 0.0), (0.3, 0.4), (0.7, 0.3), (0.0, 1.0)][rng.random_range(0..8)];
-    let mut last_kept: HashMap<u64, usize> = HashMap::new();
+    // Per sector of the file the number of the last change that got there, from 1 on.
+    let mut last_kept: Vec<u32> = Vec::new();
     let mut kept_lengths = vec![false; open.len()];
     let mut longest = bytes.len() as u64;
     for (index, (_, action, _)) in open.iter().enumerate() {
@@ -183,9 +186,13 @@ pub fn after_power_cut(run: &Run, position: usize, seed: u64) -> Vec<u8> {
                 longest = longest.max(*new);
             }
             _ => {
-                for sector in at / 512..(at + len).div_ceil(512) {
+                let (first, end) = (at / 512, (at + len).div_ceil(512));
+                if last_kept.len() < end as usize {
+                    last_kept.resize(end as usize, 0);
+                }
+                for kept in &mut last_kept[first as usize..end as usize] {
                     if keep || (part && rng.random()) {
-                        last_kept.insert(sector, index);
+                        *kept = index as u32 + 1;
                     }
                 }
                 if matches!(action, Action::Write { .. }) {
@@ -199,14 +206,14 @@ pub fn after_power_cut(run: &Run, position: usize, seed: u64) -> Vec<u8> {
         match action {
             Action::SetLen(_) if kept_lengths[index] => apply(action, &mut bytes),
             Action::Write { bytes: new, .. } => {
-                for sector in (at / 512..(at + len).div_ceil(512)).filter(|s| last_kept.get(s).is_some_and(|last| *last >= index)) {
+                for sector in (at / 512..(at + len).div_ceil(512)).filter(|s| last_kept[*s as usize] as usize > index) {
                     let (from, to) = ((sector * 512).max(at), ((sector + 1) * 512).min(at + len));
                     let piece = new[(from - at) as usize..(to - at) as usize].into();
                     apply(&Action::Write { at: from, bytes: piece }, &mut bytes);
                 }
             }
             Action::Zero { .. } => {
-                for sector in (at / 512..(at + len).div_ceil(512)).filter(|s| last_kept.get(s).is_some_and(|last| *last >= index)) {
+                for sector in (at / 512..(at + len).div_ceil(512)).filter(|s| last_kept[*s as usize] as usize > index) {
                     let (from, to) = ((sector * 512).max(at), ((sector + 1) * 512).min(at + len));
                     apply(&Action::Zero { at: from, len: to - from }, &mut bytes);
                 }

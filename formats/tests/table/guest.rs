@@ -57,7 +57,7 @@ pub fn writer_of(bytes: &[u8], sector: u64) -> Option<Writer> {
         let writer = word as u32;
         return (bytes == pattern(writer, sector)).then_some(writer);
     }
-    bytes.iter().all(|b| *b == 0).then_some(ZEROED)
+    (bytes == [0; SECTOR]).then_some(ZEROED)
 }
 
 /// A change of one sector: who made it, and where in the journal it began and was acknowledged.

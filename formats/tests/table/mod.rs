@@ -91,7 +91,7 @@ pub(crate) use for_each_kind;
 #[allow(unused_macros)]
 macro_rules! for_each_writable_kind {
     ($tests:ident) => {
-        $tests!(raw raw_odd_length);
+        $tests!(raw raw_odd_length vhdx_dynamic vhdx_fixed);
     };
 }
 #[allow(unused_imports)]

@@ -155,7 +155,7 @@ pub fn qcow2_refcount32() -> Kind {
 
 /// Refcounts of 64 bits: the refcount table grows soon.
 pub fn qcow2_refcount64() -> Kind {
-    converted(kind("qcow2_refcount64", "qcow2", 1 << 20), &["-o", "refcount_bits=64,cluster_size=512"], nothing)
+    converted(kind("qcow2_refcount64", "qcow2", 3 << 20), &["-o", "refcount_bits=64,cluster_size=512"], nothing)
 }
 
 /// Refcounts that may lag behind.
@@ -216,12 +216,12 @@ pub fn qcow2_v2_on_raw() -> Kind {
 
 /// Blocks of 1 MiB, as needed.
 pub fn vhdx_dynamic() -> Kind {
-    Kind { mend: mend_vhdx, ..converted(kind("vhdx_dynamic", "vhdx", 8 << 20), &["-o", "block_size=1M"], nothing) }
+    Kind { mend: mend_vhdx, ..converted(kind("vhdx_dynamic", "vhdx", 4 << 20), &["-o", "block_size=1M"], nothing) }
 }
 
 /// All blocks from the start.
 pub fn vhdx_fixed() -> Kind {
-    Kind { mend: mend_vhdx, ..converted(kind("vhdx_fixed", "vhdx", 4 << 20), &["-o", "block_size=1M,subformat=fixed"], nothing) }
+    Kind { mend: mend_vhdx, ..converted(kind("vhdx_fixed", "vhdx", 2 << 20), &["-o", "block_size=1M,subformat=fixed"], nothing) }
 }
 
 /// Makes the checksums of headers and region tables fit again.
