@@ -116,7 +116,7 @@ pub static DRIVERS: &[Driver] = &[
     not_yet("luks", &[], |h| h.has(0, b"LUKS\xba\xbe")),
     not_yet("bochs", &[], |h| h.has(0, b"Bochs Virtual HD Image")),
     not_yet("cloop", &[], |h| h.has(0, b"#!/bin/sh\n#V2.0 Format")),
-    not_yet("vpc", &["vhd"], |h| h.has(0, b"conectix") || h.has_at_end(512, b"conectix") || h.has_at_end(511, b"conectix")),
+    crate::vhd::DRIVER,
     not_yet("dmg", &[], |h| (512..=1023).any(|back| h.has_at_end(back, b"koly\0\0\0\x04"))),
     Driver {
         name: "raw",

@@ -3,6 +3,7 @@
 //! Front ends open an image with [`open`](crate::open) and see a [`BlockDevice`]. Format authors implement [`Format`].
 //! This crate knows nothing of SCSI, TCMU, NBD or the daemon, and holds no unsafe code.
 
+mod bitmap;
 pub mod cache;
 pub mod device;
 pub mod drivers;
@@ -23,6 +24,8 @@ pub mod redo;
 pub mod segments;
 mod space;
 pub mod store;
+mod table;
+pub(crate) mod vhd;
 pub mod vhdx;
 pub mod writeback;
 

@@ -2,7 +2,41 @@
 //!
 //! For formats whose tables say only what is used (VHD, VHDX). What is freed comes back here when nobody can reach it any more.
 
+use crate::error::{Error, Result};
+use crate::store::Store;
 use std::collections::BTreeMap;
+
+/// How much is cleared at once where the file system cannot do it, in bytes.
+const STEP: u64 = 64 << 10;
+
+/// Makes a range inside a file read as zeros: without writing them if the file system can.
+pub(crate) fn clear(store: &dyn Store, at: u64, len: u64) -> Result<()> {
+    let fail = |e| Error::io("cannot write zeros", e).at_offset(at);
+    if store.zero(at, len).map_err(fail)? {
+        return Ok(());
+    }
+    let zeros = vec![0; STEP as usize];
+    let mut done = 0;
+    while done < len {
+        let count = STEP.min(len - done);
+        store.write_all_at(zeros.get(..count as usize).unwrap_or_default(), at + done).map_err(fail)?;
+        done += count;
+    }
+    Ok(())
+}
+
+/// Copies a range inside a file to another place in it.
+pub(crate) fn copy(store: &dyn Store, from: u64, to: u64, len: u64) -> Result<()> {
+    let mut bytes = vec![0; STEP as usize];
+    let mut done = 0;
+    while done < len {
+        let bytes = bytes.get_mut(..STEP.min(len - done) as usize).unwrap_or_default();
+        store.read_zero_filled(bytes, from + done).map_err(|e| Error::io("cannot read a block", e).at_offset(from + done))?;
+        store.write_all_at(bytes, to + done).map_err(|e| Error::io("cannot write a block", e).at_offset(to + done))?;
+        done += bytes.len() as u64;
+    }
+    Ok(())
+}
 
 /// Space that was handed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

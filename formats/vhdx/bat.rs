@@ -1,19 +1,17 @@
-//! The block allocation table: its geometry, its entries, and its pages in memory.
+//! The block allocation table: its geometry and its entries.
 
 use super::header::MIB;
 use super::metadata::Metadata;
 use super::region::Region;
 use crate::error::{Error, Result};
+use crate::table::{Table, Width};
 use crate::writeback::WriteBack;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// Sectors whose bits fill one sector bitmap block of 1 MiB.
 const SECTORS_PER_BITMAP: u64 = 1 << 23;
 /// Size of an entry, in bytes.
 pub(super) const ENTRY: u64 = 8;
-/// Entries in a page of memory.
-const PAGE: usize = 512;
 
 /// Where the entries of blocks are ([MS-VHDX] 2.5).
 #[derive(Clone, Copy, Debug)]
@@ -133,19 +131,16 @@ impl Entry {
     }
 }
 
-type Page = [AtomicU64; PAGE];
-
-/// The table. Pages come into memory when they are first looked at and stay: entries change in memory when they are published, so that looking one up
-/// takes no lock.
+/// The table.
 pub(super) struct Bat {
-    writeback: Arc<WriteBack>,
     region: Region,
-    pages: Vec<OnceLock<Box<Page>>>,
+    table: Table,
 }
 
 impl Bat {
     /// The table in `region`, of which `entries` are in use.
     pub(super) fn new(writeback: Arc<WriteBack>, region: Region, entries: u64) -> Result<Self> {
+        // A region is less than 4 GiB.
         if entries > region.len / ENTRY {
             return Err(Error::corrupt(format!(
                 "the block allocation table has room for {} entries; the disk needs {entries}",
@@ -153,48 +148,21 @@ impl Bat {
             ))
             .at_offset(region.at));
         }
-        // A region is less than 4 GiB: at most 2^20 pages.
-        let count =
-            usize::try_from(entries.div_ceil(PAGE as u64)).map_err(|_| Error::unsupported("the block allocation table is too large"))?;
-        Ok(Self { writeback, region, pages: (0..count).map(|_| OnceLock::new()).collect() })
+        Ok(Self { region, table: Table::new(writeback, region.at, entries, Width::Le64) })
     }
 
     pub(super) fn region(&self) -> Region {
         self.region
     }
 
-    fn slot(&self, index: u64) -> Result<&AtomicU64> {
-        let outside = || Error::corrupt(format!("there is no entry {index} in the block allocation table")).at_offset(self.region.at);
-        let number = index / PAGE as u64;
-        let page = usize::try_from(number).ok().and_then(|n| self.pages.get(n)).ok_or_else(outside)?;
-        let page = match page.get() {
-            Some(page) => page,
-            None => {
-                let mut bytes = [0; PAGE * ENTRY as usize];
-                self.writeback.read(0, self.region.at + number * bytes.len() as u64, &mut bytes)?;
-                let entries: Box<Page> = Box::new(std::array::from_fn(|i| {
-                    let entry = bytes.get(i * 8..i * 8 + 8).and_then(|b| b.try_into().ok()).unwrap_or_default();
-                    AtomicU64::new(u64::from_le_bytes(entry))
-                }));
-                // Whoever is first wins; nobody has published to this page before it was in memory (see `publish`).
-                page.get_or_init(|| entries)
-            }
-        };
-        page.get((index % PAGE as u64) as usize).ok_or_else(outside)
-    }
-
     /// An entry as it is going to be in the file.
     pub(super) fn get(&self, index: u64) -> Result<Entry> {
-        Ok(Entry(self.slot(index)?.load(Ordering::Acquire)))
+        self.table.get(index).map(Entry)
     }
 
-    /// Changes an entry, in the buffer and for all who look it up from here on. The caller holds what keeps others from changing the same one.
+    /// Changes an entry; see [`Table::publish`].
     pub(super) fn publish(&self, index: u64, entry: Entry) -> Result<()> {
-        // In memory before it is published, or a slower load of the page could bring the old entry back.
-        let slot = self.slot(index)?;
-        self.writeback.publish(0, self.region.at + index * ENTRY, &entry.0.to_le_bytes())?;
-        slot.store(entry.0, Ordering::Release);
-        Ok(())
+        self.table.publish(index, entry.0)
     }
 }
 

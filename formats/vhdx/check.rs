@@ -8,7 +8,7 @@ use super::header::MIB;
 use super::{Layout, Vhdx};
 use crate::error::{Error, Kind, Result};
 use crate::format::CheckReport;
-use crate::space::Space;
+use crate::space::{Space, copy};
 use std::sync::atomic::Ordering;
 
 /// Something in the file that an entry of the table leads to.
@@ -162,24 +162,12 @@ impl Vhdx {
         *self.space.lock() = Some(space);
         for structure in std::mem::take(&mut findings.shared) {
             let taken = self.allocate(structure.len)?;
-            self.copy(structure.at, taken.at, structure.len)?;
+            copy(&**self.store()?, structure.at, taken.at, structure.len)?;
+            self.writeback.wrote_data(0);
             let state = layout.bat.get(structure.index)?.0 & 7;
             layout.bat.publish(structure.index, Entry(taken.at | state))?;
             report.corruptions_fixed += 1;
         }
-        Ok(())
-    }
-
-    fn copy(&self, from: u64, to: u64, len: u64) -> Result<()> {
-        let store = self.store()?;
-        let mut bytes = vec![0; MIB as usize];
-        let mut done = 0;
-        while done < len {
-            store.read_zero_filled(&mut bytes, from + done).map_err(|e| Error::io("cannot read a block", e).at_offset(from + done))?;
-            store.write_all_at(&bytes, to + done).map_err(|e| Error::io("cannot write a block", e).at_offset(to + done))?;
-            done += MIB;
-        }
-        self.writeback.wrote_data(0);
         Ok(())
     }
 }

@@ -6,6 +6,7 @@ use super::metadata::Metadata;
 use super::region::{COPIES, Region, Regions};
 use super::{Layout, Vhdx};
 use crate::error::{Error, Kind, Result};
+use crate::space::clear;
 use crate::writeback::Freed;
 use std::sync::atomic::Ordering;
 
@@ -138,17 +139,7 @@ impl Vhdx {
 
     /// Makes a range of the file read as zeros.
     pub(super) fn write_zeros(&self, at: u64, len: u64) -> Result<()> {
-        let store = self.store()?;
-        let fail = |e| Error::io("cannot write zeros", e).at_offset(at);
-        if !store.zero(at, len).map_err(fail)? {
-            let zeros = vec![0; STEP as usize];
-            let mut done = 0;
-            while done < len {
-                let count = STEP.min(len - done);
-                store.write_all_at(zeros.get(..count as usize).unwrap_or_default(), at + done).map_err(fail)?;
-                done += count;
-            }
-        }
+        clear(&**self.store()?, at, len)?;
         self.writeback.wrote_data(0);
         Ok(())
     }

@@ -12,7 +12,6 @@
 //! that is published goes through the log, many changes to an entry of it; headers are written in place, one copy after the other.
 
 mod bat;
-mod bitmap;
 mod check;
 mod grow;
 mod header;
@@ -24,6 +23,7 @@ mod overlay;
 mod region;
 mod update;
 
+use crate::bitmap::{BitOrder, Bitmaps};
 use crate::device::ZeroMode;
 use crate::drivers::{Capabilities, Driver, Opened, ParentRef, Request};
 use crate::error::{Error, Result};
@@ -33,9 +33,9 @@ use crate::space::Space;
 use crate::store::Store;
 use crate::writeback::{Freed, MetaWrite, WriteBack};
 use bat::{Bat, Geometry, Payload};
-use bitmap::Bitmaps;
 use header::Headers;
 use locator::Locator;
+pub(crate) use locator::{below_root, separators};
 use log_writer::LogWriter;
 use metadata::Metadata;
 use overlay::Overlay;
@@ -86,7 +86,7 @@ pub struct Vhdx {
     /// Length of the file when last looked at, in bytes.
     file_len: AtomicU64,
     layout: RwLock<Layout>,
-    bitmaps: Bitmaps,
+    bitmaps: Bitmaps<4096>,
     log: Mutex<LogWriter>,
     /// Free space; known from the first change on.
     space: Mutex<Option<Space>>,
@@ -124,7 +124,7 @@ impl Vhdx {
         let bat = Bat::new(writeback.clone(), regions.bat, geometry.entries(metadata.size))?;
         let file_len = store.len().map_err(|e| Error::io("cannot find out the length of the file", e))?;
         Ok(Self {
-            bitmaps: Bitmaps::new(writeback.clone()),
+            bitmaps: Bitmaps::new(writeback.clone(), BitOrder::LsbFirst),
             writeback,
             writable,
             log: Mutex::new(LogWriter::new(&headers.current, file_len)),

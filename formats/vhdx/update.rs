@@ -2,14 +2,14 @@
 
 use super::Vhdx;
 use super::bat::{ENTRY, Entry, Payload};
-use super::bitmap::set_bits;
 use super::header::{Headers, MIB};
 use super::{Layout, region};
+use crate::bitmap::BitOrder;
 use crate::device::ZeroMode;
 use crate::error::{Error, Kind, Result};
 use crate::format::Placement;
 use crate::space::{Space, Taken};
-use crate::writeback::Freed;
+use crate::writeback::{Freed, Stage};
 use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
@@ -230,8 +230,8 @@ impl Vhdx {
                 self.need_bitmap(layout, block)?;
                 // All bits of the block: what they were means nothing, since it was not partially present.
                 let mut bits = vec![0; self.geometry.bitmap_bytes() as usize];
-                set_bits(&mut bits, first, count);
-                self.bitmaps.replace(self.bits_of(layout, block)?, &bits)?;
+                BitOrder::LsbFirst.set(&mut bits, first, count);
+                self.bitmaps.replace(Stage::Publish, self.bits_of(layout, block)?, &bits)?;
                 layout.bat.publish(index, Entry::partial(host))
             }
             _ => Ok(()),

@@ -4,6 +4,7 @@
 
 pub mod operations;
 pub mod readers;
+pub mod vhd_writer;
 pub mod vhdx_writer;
 
 use formats::{BlockDevice, Image, OpenOptions};

@@ -12,11 +12,13 @@ pub struct Places {
     pub pieces: Vec<(u64, u64)>,
     /// Blocks are zeroed and discarded too.
     pub zeroing: bool,
+    /// Changes begin and end at multiples of this, in bytes.
+    pub align: u64,
 }
 
 impl Places {
     pub fn new(pieces: &[(u64, u64)]) -> Self {
-        Self { pieces: pieces.to_vec(), zeroing: true }
+        Self { pieces: pieces.to_vec(), zeroing: true, align: 1 }
     }
 
     pub fn whole(size: u64) -> Self {
@@ -43,6 +45,10 @@ pub fn random_operations(name: &str, image: &Image, raw: &Raw, places: &Places, 
             _ => rng.random_range(1..10_000),
         };
         let (at, len) = places.pick(&mut rng, raw.size, len);
+        let (at, len) = {
+            let start = at - at % places.align;
+            (start, (at + len).next_multiple_of(places.align).min(raw.size) - start)
+        };
         let what = format!("{name}, seed {seed}, step {step}: {len} at {at}");
         match rng.random_range(0..20) {
             0..=11 => {
