@@ -5,6 +5,7 @@
 
 mod bitmap;
 pub mod cache;
+pub mod compressed;
 pub mod device;
 pub mod drivers;
 pub mod error;
