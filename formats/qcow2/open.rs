@@ -91,6 +91,9 @@ fn read_refcounts(
     file_len: u64,
 ) -> Result<Refcounts> {
     let g = header.geometry;
+    if header.reftable_clusters == 0 || header.reftable_at >= file_len {
+        return Err(Error::corrupt("the image has no refcount table inside the file").at_offset(header.reftable_at));
+    }
     let refcounts = Refcounts::read(writeback.clone(), g, header.reftable_at, header.reftable_clusters, file_len)?;
     let places = &refcounts.metadata;
     let vital = [

@@ -91,7 +91,10 @@ pub(crate) use for_each_kind;
 #[allow(unused_macros)]
 macro_rules! for_each_writable_kind {
     ($tests:ident) => {
-        $tests!(raw raw_odd_length vhdx_dynamic vhdx_fixed);
+        $tests!(raw raw_odd_length vhdx_dynamic vhdx_fixed
+            qcow2 qcow2_v2 qcow2_512 qcow2_4k qcow2_2m qcow2_odd_size qcow2_refcount1 qcow2_refcount2 qcow2_refcount4 qcow2_refcount8
+            qcow2_refcount32 qcow2_refcount64 qcow2_lazy qcow2_zlib qcow2_zstd qcow2_snapshots qcow2_compressed_snapshots qcow2_bitmap
+            qcow2_on_raw qcow2_chain qcow2_v2_on_raw);
     };
 }
 #[allow(unused_imports)]
