@@ -89,7 +89,6 @@ impl Geometry {
     }
 
     /// The largest refcount that fits the width.
-    #[cfg(test)]
     pub fn max_refcount(self) -> u64 {
         u64::MAX >> (64 - (1u32 << self.refcount_order))
     }

@@ -161,6 +161,15 @@ impl L2Cache {
         })
     }
 
+    /// Lets go of all tables. Nothing else goes on.
+    pub fn clear(&self, l1: &L1) {
+        let mut clock = self.clock.lock();
+        for slot in clock.slots.drain(..).filter_map(|i| l1.slot(u64::from(i))) {
+            *slot.table.write() = None;
+        }
+        clock.hand = 0;
+    }
+
     /// A table was hung into the slot of that index, which was empty. No slot's lock is held. Lets go of others if there are too many.
     pub fn installed(&self, l1: &L1, index: u64) {
         let mut clock = self.clock.lock();

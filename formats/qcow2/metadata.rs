@@ -51,6 +51,11 @@ impl Metadata {
         overlapped.first().map(|(.., w)| *w)
     }
 
+    /// Forgets everything.
+    pub fn clear(&self) {
+        *self.0.write() = Inner::default();
+    }
+
     /// Forgets a run that was added and overlapped nothing.
     pub fn remove_run(&self, at: u64) {
         self.0.write().runs.retain(|(start, ..)| *start != at);

@@ -3,7 +3,7 @@
 //! A file is a set of clusters. Two levels of tables lead from guest clusters to host clusters (`l1`, `l2`, `entry`, `mapping`); two more count the
 //! references to every host cluster (`refcount`, `allocate`), because clusters are shared with internal snapshots (`snapshots`) and between compressed
 //! clusters (`compressed`). Guest writes that need new clusters are in `write`, zeroing and discarding in `clear`; `metadata` knows which clusters must
-//! not be overwritten. What the image's header says is in `header`.
+//! not be overwritten. `check` compares refcounts and references, `repair` mends. What the image's header says is in `header`.
 //!
 //! # Order of changes
 //! Raised refcounts and new tables are reservations, entries of L1 and L2 tables are publications (see [`crate::writeback`]). Refcounts are lowered
@@ -16,8 +16,10 @@
 
 mod allocate;
 mod bitmaps;
+mod check;
 mod clear;
 mod compressed;
+mod counts;
 mod entry;
 mod grow;
 mod header;
@@ -27,6 +29,7 @@ mod mapping;
 mod metadata;
 mod open;
 mod refcount;
+mod repair;
 mod snapshots;
 mod write;
 
@@ -34,7 +37,7 @@ pub use open::open;
 
 use crate::device::ZeroMode;
 use crate::error::{Error, Result};
-use crate::format::{Extent, Format, FormatLimits, Placement, Unit};
+use crate::format::{CheckReport, Extent, Format, FormatLimits, Placement, Unit};
 use crate::store::Store;
 use crate::writeback::{Freed, WriteBack};
 use clear::Space;
@@ -63,11 +66,15 @@ pub struct Qcow2 {
     l1: L1,
     l2: L2Cache,
     snapshots: Vec<Snapshot>,
+    /// Length of the snapshot table in bytes.
+    snapshots_len: u64,
     /// Present if the image may be changed.
     refcounts: Option<Refcounts>,
     table_locks: Arc<[Mutex<()>]>,
     /// The incompatible feature bits as they are in the file.
     incompatible: Mutex<u64>,
+    /// The autoclear feature bits as they are in the file.
+    autoclear: Mutex<u64>,
     /// Damage was found: nothing is changed any more.
     damaged: AtomicBool,
 }
@@ -110,9 +117,10 @@ impl Qcow2 {
 
     /// Before the first change: nothing here keeps up what an autoclear bit may stand for.
     fn clear_autoclear(&self) -> Result<()> {
-        let refcounts = self.changeable()?;
+        let Some(refcounts) = &self.refcounts else { return Ok(()) };
+        let mut bits = self.autoclear.lock();
         let mut keep = 0;
-        if let Some(at) = self.header.bitmaps.filter(|_| self.header.autoclear & AUTOCLEAR_BITMAPS != 0) {
+        if let Some(at) = self.header.bitmaps.filter(|_| *bits & AUTOCLEAR_BITMAPS != 0) {
             let file_len = self.file_len()?;
             // Only where the list is what it claims to be may it be written to.
             let list = refcounts.metadata.what(at.at) == Some(BITMAP_LIST) && refcounts.count(at.at)? == 1;
@@ -120,7 +128,11 @@ impl Qcow2 {
                 keep = AUTOCLEAR_BITMAPS;
             }
         }
-        if self.header.autoclear != keep { self.writeback.write_through(0, field::AUTOCLEAR, &keep.to_be_bytes()) } else { Ok(()) }
+        if *bits != keep {
+            self.writeback.write_through(0, field::AUTOCLEAR, &keep.to_be_bytes())?;
+            *bits = keep;
+        }
+        Ok(())
     }
 
     fn file_len(&self) -> Result<u64> {
@@ -145,7 +157,8 @@ impl Format for Qcow2 {
             unit: self.geometry.cluster_size(),
             read_only: self.refcounts.is_none(),
             cheap_zero: self.geometry.version >= 3,
-            can_discard: true,
+            // Version 2 cannot say that a cluster is zero where a parent shows through.
+            can_discard: self.geometry.version >= 3 || self.header.backing.is_none(),
             thin: true,
             holes_are_zeros: false,
         }
@@ -205,6 +218,10 @@ impl Format for Qcow2 {
 
     fn reclaim(&self, freed: &[Freed]) -> Result<()> {
         self.reclaim_clusters(freed)
+    }
+
+    fn check(&self, repair: bool) -> Result<CheckReport> {
+        self.check_image(repair)
     }
 
     fn describe(&self) -> serde_json::Value {

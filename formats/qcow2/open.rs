@@ -1,7 +1,7 @@
 //! Opening an image, and what `info` says about one.
 
 use super::Qcow2;
-use super::entry::{MAX_L1_BYTES, REFTABLE_OFFSET};
+use super::entry::{Geometry, MAX_L1_BYTES, REFTABLE_OFFSET};
 use super::header::{Compression, Header, LAZY_REFCOUNTS, incompatible};
 use super::l1::L1;
 use super::l2::L2Cache;
@@ -34,16 +34,13 @@ pub fn open(request: Request<'_>) -> Result<Opened> {
     let geometry = header.geometry;
     let file_len = stores[0].len().map_err(|e| Error::io("cannot find out the length of the file", e))?;
     let writable = request.writable && request.snapshot_name.is_none();
-    if writable {
-        check_writable(&header)?;
-    }
     let (snapshots, snapshots_len) = snapshots::read(&writeback, &header)?;
     let (l1_at, l1_entries, size) = match request.snapshot_name {
         None => (header.l1_at, header.l1_entries, header.size),
         Some(name) => place_of_snapshot(&header, &snapshots, name)?,
     };
     let l1 = L1::read(&writeback, l1_at, u64::from(l1_entries), file_len)?;
-    let refcounts = writable.then(|| read_refcounts(&writeback, &header, &l1, &snapshots, snapshots_len, file_len)).transpose()?;
+    let refcounts = writable.then(|| open_refcounts(&writeback, &header, file_len)).transpose()?;
     let parent = header.backing.as_ref().map(|name| ParentRef {
         names: vec![PathBuf::from(OsString::from_vec(name.clone()))],
         format: header.backing_format.clone(),
@@ -56,7 +53,9 @@ pub fn open(request: Request<'_>) -> Result<Opened> {
         l1,
         l2: L2Cache::new(geometry, L2_CACHE),
         snapshots,
+        snapshots_len,
         refcounts,
+        autoclear: Mutex::new(header.autoclear),
         table_locks: (0..TABLE_LOCKS).map(|_| Mutex::new(())).collect(),
         incompatible: Mutex::new(header.incompatible),
         damaged: AtomicBool::new(false),
@@ -64,63 +63,79 @@ pub fn open(request: Request<'_>) -> Result<Opened> {
         stores,
         writeback: writeback.clone(),
     };
+    if let Some(refcounts) = &format.refcounts {
+        make_writable(&format, refcounts)?;
+    }
     Ok(Opened { format: Arc::new(format), writeback, parent })
 }
 
-fn check_writable(header: &Header) -> Result<()> {
-    if header.incompatible & incompatible::CORRUPT != 0 {
+fn open_refcounts(writeback: &Arc<WriteBack>, header: &Header, file_len: u64) -> Result<Refcounts> {
+    if header.reftable_clusters == 0 || header.reftable_at >= file_len {
+        return Err(Error::corrupt("the image has no refcount table inside the file").at_offset(header.reftable_at));
+    }
+    Refcounts::read(writeback.clone(), header.geometry, header.reftable_at, header.reftable_clusters, file_len)
+}
+
+/// What must be in order before an image is changed. One that was not closed cleanly gets its refcounts mended, as QEMU does.
+fn make_writable(image: &Qcow2, refcounts: &Refcounts) -> Result<()> {
+    let features = image.header.incompatible;
+    if features & incompatible::CORRUPT != 0 {
         return Err(Error::corrupt(
-            "the image is marked as damaged, so it can only be opened read-only (a check with repair may mend it: qemu-img check -r all)",
+            "the image is marked as damaged, so it can only be opened read-only; a check with repair may mend it (qemu-img check -r all)",
         ));
     }
-    if header.incompatible & incompatible::DIRTY != 0 {
-        return Err(Error::unsupported(
-            "the image was not closed cleanly and its refcounts must be rebuilt before it is written to (qemu-img check -r all)",
-        ));
+    register_metadata(image, refcounts)?;
+    if features & incompatible::DIRTY != 0 {
+        tracing::warn!("the image was not closed cleanly: its refcounts are checked and mended");
+        let report = image.check_image(true)?;
+        if report.corruptions > 0 {
+            let first = report.notes.last().map_or("", String::as_str);
+            return Err(Error::corrupt(format!(
+                "the image was not closed cleanly and cannot be mended: {} corruptions, the last: {first}",
+                report.corruptions
+            )));
+        }
+        tracing::info!(corruptions = report.corruptions_fixed, leaks = report.leaks_fixed, "the image was mended");
     }
     Ok(())
 }
 
-/// The refcounts, with the places of all metadata that is known without a full check.
-fn read_refcounts(
-    writeback: &Arc<WriteBack>,
-    header: &Header,
-    l1: &L1,
-    snapshots: &[snapshots::Snapshot],
-    snapshots_len: u64,
-    file_len: u64,
-) -> Result<Refcounts> {
-    let g = header.geometry;
-    if header.reftable_clusters == 0 || header.reftable_at >= file_len {
-        return Err(Error::corrupt("the image has no refcount table inside the file").at_offset(header.reftable_at));
-    }
-    let refcounts = Refcounts::read(writeback.clone(), g, header.reftable_at, header.reftable_clusters, file_len)?;
-    let places = &refcounts.metadata;
+/// Notes where all metadata lie that are known without a full check.
+///
+/// # Errors
+/// `Corrupt` when structures that every write needs lie over each other.
+pub(super) fn register_metadata(image: &Qcow2, refcounts: &Refcounts) -> Result<()> {
+    let (g, header, places) = (image.geometry, &image.header, &refcounts.metadata);
+    places.clear();
+    let (table_at, table) = {
+        let state = refcounts.lock();
+        (state.table_at, state.table.clone())
+    };
     let vital = [
         (0, g.cluster_size(), "header"),
-        (header.l1_at, u64::from(header.l1_entries) * 8, "L1 table"),
-        (header.reftable_at, u64::from(header.reftable_clusters) << g.cluster_bits, "refcount table"),
-        (header.snapshots_at, snapshots_len, "snapshot table"),
+        (image.l1.at(), image.l1.entries() * 8, "L1 table"),
+        (table_at, table.len() as u64 * 8, "refcount table"),
+        (header.snapshots_at, image.snapshots_len, "snapshot table"),
     ];
     for (at, len, what) in vital {
         if let Some(other) = places.add_run(at, g.round_up(len), what) {
             return Err(Error::corrupt(format!("the {what} overlaps the {other}")).at_offset(at));
         }
     }
-    for snapshot in snapshots {
+    for snapshot in &image.snapshots {
         places.add_run(snapshot.l1_at, g.round_up(u64::from(snapshot.l1_entries) * 8), "L1 table of a snapshot");
     }
     if let Some(bitmaps) = &header.bitmaps {
-        places.add_run(bitmaps.at, g.round_up(bitmaps.size.min(file_len)), BITMAP_LIST);
+        places.add_run(bitmaps.at, g.round_up(bitmaps.size.min(image.file_len()?)), BITMAP_LIST);
     }
-    refcounts
-        .lock()
-        .table
-        .iter()
-        .filter(|raw| **raw & REFTABLE_OFFSET != 0)
-        .for_each(|raw| places.add_table(raw & REFTABLE_OFFSET, "refcount block"));
-    l1.used().filter_map(|i| l1.slot(i)).for_each(|slot| places.add_table(slot.table_at(), "L2 table"));
-    Ok(refcounts)
+    table.iter().filter(|raw| **raw & REFTABLE_OFFSET != 0).for_each(|raw| places.add_table(raw & REFTABLE_OFFSET, "refcount block"));
+    image.l1.used().filter_map(|i| image.l1.slot(i)).for_each(|slot| places.add_table(slot.table_at(), "L2 table"));
+    Ok(())
+}
+
+/// Whether an L1 table may be there and that long.
+pub(super) fn l1_is_possible(geometry: Geometry, at: u64, entries: u64) -> bool {
+    entries * 8 <= MAX_L1_BYTES && geometry.aligned(at) && at.checked_add(entries * 8).is_some_and(|end| end <= i64::MAX as u64)
 }
 
 /// L1 table and size of a snapshot, by its name or else its id.
@@ -132,9 +147,9 @@ fn place_of_snapshot(header: &Header, snapshots: &[snapshots::Snapshot], name: &
         return Err(Error::new(Kind::InvalidOption, format!("the image has no internal snapshot {name:?}; {there}")));
     };
     let size = snapshot.disk_size.unwrap_or(header.size);
-    let bytes = u64::from(snapshot.l1_entries) * 8;
-    let placed = header.geometry.aligned(snapshot.l1_at) && snapshot.l1_at.checked_add(bytes).is_some_and(|end| end <= i64::MAX as u64);
-    if bytes > MAX_L1_BYTES || size > i64::MAX as u64 || u64::from(snapshot.l1_entries) < header.geometry.l1_entries_for(size) || !placed {
+    let entries = u64::from(snapshot.l1_entries);
+    let possible = l1_is_possible(header.geometry, snapshot.l1_at, entries);
+    if !possible || size > i64::MAX as u64 || entries < header.geometry.l1_entries_for(size) {
         return Err(Error::corrupt(format!("the L1 table of the snapshot {name:?} is impossible")).at_offset(snapshot.l1_at));
     }
     Ok((snapshot.l1_at, snapshot.l1_entries, size))

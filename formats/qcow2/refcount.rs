@@ -168,6 +168,17 @@ impl Refcounts {
         Ok(())
     }
 
+    /// A new table, with new blocks, has taken the place of the old one. Nothing else goes on.
+    pub fn replaced(&self, table_at: u64, table: &[u8], fresh: u64) {
+        let mut state = self.state.lock();
+        state.table = table.chunks_exact(8).map(|raw| be64(raw, 0)).collect();
+        state.table_at = table_at;
+        state.blocks.clear();
+        state.evictions += 1;
+        state.cursor = 0;
+        state.fresh = state.fresh.max(fresh);
+    }
+
     /// The refcount of the cluster at host offset `at`.
     pub fn count(&self, at: u64) -> Result<u64> {
         let cluster = at >> self.geometry.cluster_bits;

@@ -137,10 +137,10 @@ impl Qcow2 {
             return self.new_table(refcounts, slot, slot_index, None);
         }
         let at = self.check_l1_entry(raw, slot_index)?;
-        if refcounts.metadata.is_doubled(at) {
-            return Err(self.damage(format!("the L2 table of L1 entry {slot_index} lies where other metadata is"), at));
-        }
         match self.noting_damage(refcounts.count(at))? {
+            1 if refcounts.metadata.is_doubled(at) => {
+                Err(self.damage(format!("the L2 table of L1 entry {slot_index} lies where other metadata is"), at))
+            }
             0 => Err(self.damage(format!("the L2 table of L1 entry {slot_index} counts as free"), at)),
             1 if raw & COPIED != 0 => {
                 // Hung in, so that the flag has a place; it may be thrown out again before it is used, and then this is repeated.

@@ -1,0 +1,312 @@
+//! Looking for damage: every reference to a cluster is counted and compared with its refcount. Findings are counted as `qemu-img check` counts them.
+//! What is done about them is in `repair`.
+
+use super::bitmaps;
+use super::counts::Counts;
+use super::entry::{COMPRESSED, COPIED, Entry, L1_RESERVED, L2_RESERVED, OFFSET, REFTABLE_OFFSET, ZERO};
+use super::header::{AUTOCLEAR_BITMAPS, be64};
+use super::refcount::{self, Refcounts};
+use super::{Qcow2, open};
+use crate::error::Result;
+use crate::format::CheckReport;
+use std::collections::BTreeMap;
+
+/// Bytes of tables that are read at once.
+const STEP: usize = 1 << 20;
+
+/// A refcount that differs from the references.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wrong {
+    pub cluster: u64,
+    pub stored: u64,
+    pub counted: u64,
+}
+
+/// What a look at an image found.
+#[derive(Default)]
+pub(super) struct Findings {
+    pub report: CheckReport,
+    /// References, but for those of the refcount structures.
+    pub counts: Counts,
+    pub wrong: Vec<Wrong>,
+    /// The refcount structures themselves are damaged, or lack what is in use.
+    pub rebuild: bool,
+    /// Not all references could be counted: refcounts must not be lowered.
+    pub incomplete: bool,
+    /// L2 tables by host offset, and how many entries of L1 tables name each.
+    tables: BTreeMap<u64, u64>,
+    file_len: u64,
+}
+
+impl Qcow2 {
+    /// Counts and compares. Nothing is changed.
+    pub(super) fn examine(&self, refcounts: &Refcounts) -> Result<Findings> {
+        let g = self.geometry;
+        let mut found = Findings { file_len: self.file_len()?, ..Findings::default() };
+        self.count(&mut found, 0, g.cluster_size(), 1, "header");
+        self.count(&mut found, self.l1.at(), self.l1.entries() * 8, 1, "L1 table");
+        for index in self.l1.used() {
+            let raw = self.l1.slot(index).map_or(0, super::l1::Slot::entry);
+            self.count_l1_entry(&mut found, raw);
+        }
+        self.count_snapshots(&mut found)?;
+        for (at, times) in std::mem::take(&mut found.tables) {
+            self.count_l2_table(&mut found, at, times)?;
+        }
+        self.count_bitmaps(&mut found)?;
+        let mut all = found.counts.clone();
+        self.count_refcount_structures(&mut found, &mut all, refcounts);
+        self.compare(&mut found, &all, refcounts)?;
+        Ok(found)
+    }
+
+    /// Counts a reference from something to a run of bytes.
+    fn count(&self, found: &mut Findings, at: u64, len: u64, times: u64, what: &str) {
+        let cluster = self.geometry.cluster_size();
+        let end = at.saturating_add(len);
+        if end > found.file_len && end - found.file_len >= cluster {
+            found.report.corruption(format!("{what}: {len} bytes at {at:#x} lie beyond the end of the file"));
+            return;
+        }
+        for index in at >> self.geometry.cluster_bits..self.geometry.clusters(end) {
+            found.counts.add(index, times);
+        }
+    }
+
+    fn count_l1_entry(&self, found: &mut Findings, raw: u64) {
+        let at = raw & OFFSET;
+        if raw & L1_RESERVED != 0 {
+            found.report.corruption(format!("an L1 entry has reserved bits set: {raw:#018x}"));
+        }
+        if at == 0 {
+            return;
+        }
+        self.count(found, at, self.geometry.cluster_size(), 1, "L2 table");
+        if !self.geometry.aligned(at) {
+            found.report.corruption(format!("an L1 entry points between clusters: {raw:#018x}"));
+        } else if at < found.file_len {
+            *found.tables.entry(at).or_default() += 1;
+        }
+    }
+
+    fn count_snapshots(&self, found: &mut Findings) -> Result<()> {
+        let mut total = 0u64;
+        for snapshot in &self.snapshots {
+            let len = u64::from(snapshot.l1_entries) * 8;
+            let name = &snapshot.name;
+            if !open::l1_is_possible(self.geometry, snapshot.l1_at, u64::from(snapshot.l1_entries)) {
+                found.report.corruption(format!("the snapshot {name:?} has an impossible L1 table"));
+                found.incomplete = true;
+                continue;
+            }
+            // Tables that do not overlap are not longer together than the file.
+            total += len;
+            if total > found.file_len {
+                found.report.corruption(format!("the L1 tables of the snapshots up to {name:?} are longer than the file"));
+                found.incomplete = true;
+                break;
+            }
+            self.count(found, snapshot.l1_at, len, 1, "L1 table of a snapshot");
+            self.each_entry(snapshot.l1_at, len, |_, raw| self.count_l1_entry(found, raw))?;
+        }
+        if self.header.snapshots > 0 {
+            self.count(found, self.header.snapshots_at, self.snapshots_len, 1, "snapshot table");
+        }
+        Ok(())
+    }
+
+    /// Calls `with` with each number of a table and its index.
+    pub(super) fn each_entry(&self, at: u64, len: u64, mut with: impl FnMut(u64, u64)) -> Result<()> {
+        let mut done = 0;
+        let mut buf = Vec::new();
+        while done < len {
+            buf.resize(usize::try_from(len - done).unwrap_or(STEP).min(STEP), 0);
+            self.writeback.read(0, at + done, &mut buf)?;
+            buf.chunks_exact(8).zip(done / 8..).for_each(|(raw, index)| with(index, be64(raw, 0)));
+            done += buf.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn count_l2_table(&self, found: &mut Findings, at: u64, times: u64) -> Result<()> {
+        self.each_entry(at, self.geometry.cluster_size(), |index, raw| {
+            let place = at + index * 8;
+            if raw & COMPRESSED != 0 {
+                if raw & COPIED != 0 {
+                    found.report.corruption(format!("a compressed cluster has the COPIED flag: {raw:#018x} at {place:#x}"));
+                }
+            } else {
+                if raw & L2_RESERVED != 0 {
+                    found.report.corruption(format!("an L2 entry has reserved bits set: {raw:#018x} at {place:#x}"));
+                }
+                if raw & ZERO != 0 && self.geometry.version < 3 {
+                    found
+                        .report
+                        .corruption(format!("an L2 entry has the zero flag, which version 2 does not know: {raw:#018x} at {place:#x}"));
+                }
+                if !self.geometry.aligned(raw & OFFSET) {
+                    found.report.corruption(format!("an L2 entry points between clusters: {raw:#018x} at {place:#x}"));
+                    return;
+                }
+            }
+            // Reserved bits are reported; what the entry refers to is in use all the same.
+            let raw = if raw & COMPRESSED != 0 { raw } else { raw & !L2_RESERVED & !(if self.geometry.version < 3 { ZERO } else { 0 }) };
+            let Ok(entry) = self.geometry.l2_entry(raw) else { return };
+            if let Some((start, len)) = entry.clusters(self.geometry) {
+                // Shared tables are examined once; each cluster is in use as often as its table.
+                let compressed = matches!(entry, Entry::Compressed { .. });
+                found.report.allocated_units += 1;
+                found.report.encoded_units += u64::from(compressed);
+                // The last sector of a compressed cluster may be cut off by the end of the file.
+                let len = match entry {
+                    Entry::Compressed { host, len } => host + len - start,
+                    _ => len,
+                };
+                self.count(found, start, len, times, "data cluster");
+            }
+        })
+    }
+
+    fn count_bitmaps(&self, found: &mut Findings) -> Result<()> {
+        let Some(at) = self.header.bitmaps.filter(|_| *self.autoclear.lock() & AUTOCLEAR_BITMAPS != 0) else { return Ok(()) };
+        let list = match bitmaps::read(&self.writeback, at, found.file_len) {
+            Ok((_, list)) => list,
+            Err(error) => {
+                found.report.corruption(error.to_string());
+                found.incomplete = true;
+                return Ok(());
+            }
+        };
+        self.count(found, at.at, at.size, 1, "list of bitmaps");
+        let mut total = 0u64;
+        for bitmap in &list {
+            let len = u64::from(bitmap.table_entries) * 8;
+            total += len;
+            if !self.geometry.aligned(bitmap.table_at) || total > found.file_len {
+                found.report.corruption(format!("the bitmap {:?} has an impossible table", bitmap.name));
+                found.incomplete = true;
+                continue;
+            }
+            self.count(found, bitmap.table_at, len, 1, "table of a bitmap");
+            self.each_entry(bitmap.table_at, len, |_, raw| {
+                if raw & OFFSET != 0 {
+                    self.count(found, raw & OFFSET, self.geometry.cluster_size(), 1, "bitmap");
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    fn count_refcount_structures(&self, found: &mut Findings, all: &mut Counts, refcounts: &Refcounts) {
+        let g = self.geometry;
+        let state = refcounts.lock();
+        let table_clusters = state.table_at >> g.cluster_bits..g.clusters(state.table_at.saturating_add(state.table.len() as u64 * 8));
+        table_clusters.for_each(|cluster| all.add(cluster, 1));
+        for (index, raw) in state.table.iter().enumerate() {
+            let at = raw & REFTABLE_OFFSET;
+            let mut bad = |why: &str| {
+                found.report.corruption(format!("refcount block {index} {why}: {raw:#018x}"));
+                found.rebuild = true;
+            };
+            if raw & !REFTABLE_OFFSET != 0 {
+                bad("has reserved bits set");
+            } else if !g.aligned(at) {
+                bad("lies between clusters");
+            } else if at != 0 && g.clusters(found.file_len) <= at >> g.cluster_bits {
+                bad("lies beyond the end of the file");
+            } else if at != 0 {
+                all.add(at >> g.cluster_bits, 1);
+                if all.get(at >> g.cluster_bits) != 1 {
+                    bad("shares its cluster");
+                }
+            }
+        }
+    }
+
+    /// Compares refcounts and references of all clusters up to the end of the file.
+    fn compare(&self, found: &mut Findings, all: &Counts, refcounts: &Refcounts) -> Result<()> {
+        let g = self.geometry;
+        let end = g.clusters(found.file_len);
+        let per_block = g.refcounts_per_block();
+        let blocks = refcounts.lock().table.len() as u64;
+        let mut counted = all.iter().take_while(|(cluster, _)| *cluster < end).peekable();
+        let mut buf = vec![0; g.cluster_size() as usize];
+        for index in 0..end.div_ceil(per_block).min(blocks) {
+            let at = refcounts.lock().block_at(index);
+            let range = index * per_block..((index + 1) * per_block).min(end);
+            if at == 0 || !g.aligned(at) || at >= found.file_len {
+                // All of its refcounts are 0.
+                while let Some((cluster, counted)) = counted.next_if(|(cluster, _)| *cluster < range.end) {
+                    differs(found, Wrong { cluster, stored: 0, counted });
+                }
+                continue;
+            }
+            self.writeback.read(0, at, &mut buf)?;
+            for cluster in range.clone() {
+                let stored = refcount::get(&buf, g.refcount_order, cluster - range.start);
+                let counted = counted.next_if(|(c, _)| *c == cluster).map_or(0, |(_, n)| n);
+                if stored != counted {
+                    differs(found, Wrong { cluster, stored, counted });
+                }
+            }
+        }
+        counted.for_each(|(cluster, counted)| differs(found, Wrong { cluster, stored: 0, counted }));
+        Ok(())
+    }
+
+    /// Calls `wrong` for each COPIED flag of the active state that does not agree with its cluster's refcount: offset of the entry, and what it should be;
+    /// the second argument is the L1 index, the third the index in its L2 table if it is an L2 entry.
+    pub(super) fn each_wrong_flag(
+        &self,
+        refcounts: &Refcounts,
+        mut wrong: impl FnMut(u64, u64, Option<usize>, u64) -> Result<()>,
+    ) -> Result<()> {
+        let g = self.geometry;
+        let right = |raw: u64, at: u64| -> u64 {
+            // A count that cannot be found out is reported elsewhere.
+            let alone = refcounts.count(at).is_ok_and(|count| count == 1);
+            if alone { raw | COPIED } else { raw & !COPIED }
+        };
+        let file_len = self.file_len()?;
+        let mut raws = Vec::new();
+        for index in self.l1.used() {
+            let raw = self.l1.slot(index).map_or(0, super::l1::Slot::entry);
+            let at = raw & OFFSET;
+            if !g.aligned(at) {
+                continue;
+            }
+            let flagged = right(raw, at);
+            if flagged != raw {
+                wrong(self.l1.at() + index * 8, index, None, flagged)?;
+            }
+            if at >= file_len {
+                continue;
+            }
+            raws.clear();
+            self.each_entry(at, g.cluster_size(), |_, raw| raws.push(raw))?;
+            for (number, raw) in raws.iter().enumerate() {
+                let host = raw & OFFSET;
+                if raw & COMPRESSED != 0 || host == 0 || !g.aligned(host) {
+                    continue;
+                }
+                let flagged = right(*raw, host);
+                if flagged != *raw {
+                    wrong(at + number as u64 * 8, index, Some(number), flagged)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn differs(found: &mut Findings, wrong: Wrong) {
+    let Wrong { cluster, stored, counted } = wrong;
+    let text = format!("cluster {cluster}: refcount {stored}, references {counted}");
+    if stored < counted {
+        found.rebuild |= stored == 0;
+        found.report.corruption(format!("error: {text}"));
+    } else {
+        found.report.leak(format!("leaked: {text}"));
+    }
+    found.wrong.push(wrong);
+}

@@ -1,0 +1,152 @@
+//! Mending: refcounts that differ from the references, COPIED flags, and whole refcount structures.
+//!
+//! Single refcounts are set where they are. Where the structures themselves are damaged, or clusters in use count as free, a new table with new blocks is
+//! written behind everything else, and the header names it when it is durable: a cut leaves the old or the new structure.
+
+use super::check::{Findings, Wrong};
+use super::entry::MAX_REFTABLE_BYTES;
+use super::header::{field, incompatible};
+use super::refcount::{self, Refcounts};
+use super::{Qcow2, open};
+use crate::error::{Error, Kind, Result};
+use crate::format::CheckReport;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+impl Qcow2 {
+    /// See [`Format::check`](crate::format::Format::check).
+    pub(super) fn check_image(&self, repair: bool) -> Result<CheckReport> {
+        if !repair {
+            let mine;
+            let refcounts = match &self.refcounts {
+                Some(refcounts) => refcounts,
+                None => {
+                    let (at, clusters) = (self.header.reftable_at, self.header.reftable_clusters);
+                    mine = Refcounts::read(Arc::clone(&self.writeback), self.geometry, at, clusters, self.file_len()?)?;
+                    &mine
+                }
+            };
+            let mut report = self.examine(refcounts)?.report;
+            self.each_wrong_flag(refcounts, |place, _, _, right| {
+                report.corruption(format!("the COPIED flag of the entry at {place:#x} is wrong: it should be {right:#018x}"));
+                Ok(())
+            })?;
+            return Ok(report);
+        }
+        let refcounts = self.refcounts.as_ref();
+        let refcounts = refcounts.ok_or_else(|| Error::new(Kind::ReadOnly, "the image is open read-only and cannot be repaired"))?;
+        self.l2.clear(&self.l1);
+        self.repair_image(refcounts)
+    }
+
+    fn repair_image(&self, refcounts: &Refcounts) -> Result<CheckReport> {
+        let before = self.examine(refcounts)?;
+        let mut notes = before.report.notes.clone();
+        let (mut corruptions_fixed, mut leaks_fixed) = (0, 0);
+        let max = self.geometry.max_refcount();
+        if let Some(wrong) = before.wrong.iter().find(|w| w.counted > max) {
+            notes.push(format!("cluster {} has more references than a refcount of this width can count", wrong.cluster));
+        } else if before.rebuild && !before.incomplete {
+            let structures = before.report.corruptions - before.wrong.iter().filter(|w| w.stored < w.counted).count() as u64;
+            self.rebuild(refcounts, &before)?;
+            let after = self.examine(refcounts)?;
+            corruptions_fixed = before.report.corruptions.saturating_sub(after.report.corruptions);
+            leaks_fixed = before.report.leaks.saturating_sub(after.report.leaks);
+            notes.push(format!("the refcounts were built anew ({structures} findings other than refcounts before)"));
+        } else {
+            for wrong in &before.wrong {
+                if self.set_refcount(refcounts, wrong, before.incomplete)? {
+                    if wrong.stored < wrong.counted { corruptions_fixed += 1 } else { leaks_fixed += 1 }
+                }
+            }
+            refcounts.lock().cursor = 0;
+        }
+        self.each_wrong_flag(refcounts, |place, index, in_table, right| {
+            notes.push(format!("the COPIED flag of the entry at {place:#x} was wrong"));
+            self.writeback.publish(0, place, &right.to_be_bytes())?;
+            if in_table.is_none() {
+                self.l1.slot_for(index).set_entry(right);
+            }
+            corruptions_fixed += 1;
+            Ok(())
+        })?;
+        open::register_metadata(self, refcounts)?;
+        let mut report = self.examine(refcounts)?.report;
+        (report.corruptions_fixed, report.leaks_fixed) = (corruptions_fixed, leaks_fixed);
+        notes.append(&mut report.notes);
+        notes.truncate(CheckReport::MAX_NOTES);
+        report.notes = notes;
+        if report.corruptions == 0 {
+            self.writeback.drain(self)?;
+            self.set_incompatible(0, incompatible::DIRTY | incompatible::CORRUPT)?;
+            self.damaged.store(false, Ordering::Release);
+        }
+        Ok(report)
+    }
+
+    /// Sets one refcount to what was counted. `false`: it was left alone.
+    fn set_refcount(&self, refcounts: &Refcounts, wrong: &Wrong, only_raise: bool) -> Result<bool> {
+        if only_raise && wrong.stored > wrong.counted {
+            return Ok(false);
+        }
+        let index = wrong.cluster / self.geometry.refcounts_per_block();
+        let mut state = refcounts.lock_with_block(index)?;
+        if state.block_at(index) == 0 {
+            return Ok(false);
+        }
+        refcounts.change_in(&mut state, &(wrong.cluster..wrong.cluster + 1), |_| wrong.counted)?;
+        Ok(true)
+    }
+
+    /// Writes a new refcount table and new blocks, and makes the header name them.
+    fn rebuild(&self, refcounts: &Refcounts, found: &Findings) -> Result<()> {
+        let g = self.geometry;
+        let (size, per_block) = (g.cluster_size(), g.refcounts_per_block());
+        let start = g.clusters(self.file_len()?).max(found.counts.last().map_or(0, |last| last + 1));
+        let mut indices: BTreeSet<u64> = found.counts.iter().map(|(cluster, _)| cluster / per_block).collect();
+        let clusters = loop {
+            let entries = indices.last().map_or(0, |last| last + 1);
+            let table = g.clusters(entries * 8).max(1);
+            let end = start + indices.len() as u64 + table;
+            let before = indices.len();
+            indices.extend(start / per_block..=(end - 1) / per_block);
+            if indices.len() == before {
+                break table;
+            }
+        };
+        if clusters * size > MAX_REFTABLE_BYTES {
+            return Err(Error::new(Kind::NoSpace, "the refcounts cannot be built anew: the file is too long for its cluster size"));
+        }
+        let end = start + indices.len() as u64 + clusters;
+        let fail = |at: u64| move |e| Error::io("cannot write new refcounts", e).at_offset(at);
+        let mut table = vec![0u8; (clusters * size) as usize];
+        let mut block = vec![0u8; size as usize];
+        let mut counted = found.counts.iter().peekable();
+        for (number, index) in (0..).zip(&indices) {
+            block.fill(0);
+            let range = index * per_block..(index + 1) * per_block;
+            while let Some((cluster, count)) = counted.next_if(|(cluster, _)| *cluster < range.end) {
+                refcount::set(&mut block, g.refcount_order, cluster - range.start, count);
+            }
+            for cluster in start.max(range.start)..end.min(range.end) {
+                refcount::set(&mut block, g.refcount_order, cluster - range.start, 1);
+            }
+            let at = (start + number) << g.cluster_bits;
+            self.file().write_all_at(&block, at).map_err(fail(at))?;
+            let entry = (index * 8) as usize;
+            if let Some(into) = table.get_mut(entry..entry + 8) {
+                into.copy_from_slice(&at.to_be_bytes());
+            }
+        }
+        self.writeback.wrote_data(0);
+        let table_at = (start + indices.len() as u64) << g.cluster_bits;
+        self.writeback.write_through(0, table_at, &table)?;
+        let mut switch = [0; 12];
+        switch[..8].copy_from_slice(&table_at.to_be_bytes());
+        switch[8..].copy_from_slice(&u32::try_from(clusters).unwrap_or(0).to_be_bytes());
+        self.writeback.write_through(0, field::REFTABLE_AT, &switch)?;
+        refcounts.replaced(table_at, &table, end << g.cluster_bits);
+        Ok(())
+    }
+}
