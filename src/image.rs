@@ -1,9 +1,11 @@
 //! From a configuration string to an open image: the one place where its keys meet the engine's options.
 
 use cfgstring::{Config, Discard, Spec, ZeroDetection};
+use formats::filter::partition;
+use formats::filter::window::Window;
 use formats::gate::Gate;
 use formats::open::RedoLogs;
-use formats::{Cache, Error, Image, Kind, OpenOptions, Result};
+use formats::{BlockDevice, Cache, Error, Image, Kind, OpenOptions, Result};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -20,6 +22,15 @@ pub struct Environment {
 
 /// The exports of the configuration file.
 pub type Exports = std::collections::BTreeMap<String, Spec>;
+
+/// An open image, and the part of it that is shown.
+#[derive(Clone)]
+pub struct Disk {
+    /// The whole.
+    pub image: Arc<Image>,
+    /// What is shown: the whole, a window, a partition.
+    pub device: Arc<dyn BlockDevice>,
+}
 
 /// What an image is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,9 +62,11 @@ impl Environment {
     /// Opens what `spec` describes.
     ///
     /// # Errors
-    /// A key that is not supported yet, by name; and those of [`formats::open`].
-    pub fn open(&self, spec: &Spec, purpose: Purpose) -> Result<Arc<Image>> {
-        formats::open(&self.options(spec, purpose)?)
+    /// A key that is not supported yet, by name; those of [`formats::open`]; a window or partition that is not there.
+    pub fn open(&self, spec: &Spec, purpose: Purpose) -> Result<Disk> {
+        let image = formats::open(&self.options(spec, purpose)?)?;
+        let device = filtered(spec, &image).map_err(|error| error.at_path(&spec.file))?;
+        Ok(Disk { image, device })
     }
 
     /// What the keys mean to the engine.
@@ -83,14 +96,26 @@ impl Environment {
     }
 }
 
+/// The part of the image that is asked for.
+fn filtered(spec: &Spec, image: &Arc<Image>) -> Result<Arc<dyn BlockDevice>> {
+    let (start, len) = match spec.partition {
+        Some(number) => {
+            let partition = partition::find(image.as_ref(), number)?;
+            (partition.start, Some(partition.len))
+        }
+        None => (spec.offset, spec.size),
+    };
+    if start == 0 && len.is_none() {
+        return Ok(image.clone());
+    }
+    Ok(Arc::new(Window::new(image.clone(), start, len)?))
+}
+
 fn refuse_unsupported(spec: &Spec) -> Result<()> {
     let refused = [
         (spec.snapshot, "snapshot"),
         (spec.overlay.is_some(), "overlay"),
         (spec.detect_zeroes != ZeroDetection::Off, "detect-zeroes"),
-        (spec.offset != 0, "offset"),
-        (spec.size.is_some(), "size"),
-        (spec.partition.is_some(), "partition"),
         (spec.direct, "direct"),
     ];
     match refused.iter().find(|(given, _)| *given) {

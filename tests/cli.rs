@@ -208,3 +208,86 @@ fn errors_are_one_line_and_its_causes() {
     let (_, text) = bad(&["info", &format!("@file={}@format=qcow9", bed.raw("a.raw"))]);
     assert!(text.contains("qcow9"), "{text}");
 }
+
+/// An overlay over a backing file, with data, zeros and compressed clusters.
+fn chain(bed: &Bed) -> String {
+    let dir = bed.dir.path();
+    bed.raw("a.raw");
+    qemu_img(dir, &["convert", "-c", "-f", "raw", "-O", "qcow2", "a.raw", "base.qcow2"]);
+    qemu_img(dir, &["create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2"]);
+    let status = Command::new("qemu-io")
+        .current_dir(dir)
+        .args(["-f", "qcow2", "-c", "write -P 7 256k 64k", "-c", "write -z 3M 64k", "top.qcow2"])
+        .stdout(Stdio::null())
+        .status();
+    assert!(status.expect("these tests need qemu-io: apt-get install qemu-utils").success());
+    bed.text("top.qcow2")
+}
+
+#[test]
+fn info_of_a_qcow2_chain_has_the_keys_of_qemu_img() {
+    let bed = Bed::new();
+    let top = chain(&bed);
+    let ours = good_json(&["info", "--json", &top]);
+    let theirs: Value = serde_json::from_slice(&qemu_img(bed.dir.path(), &["info", "--output=json", "top.qcow2"])).expect("JSON");
+    for key in ["format", "virtual-size", "actual-size", "cluster-size", "dirty-flag", "backing-filename-format"] {
+        assert_eq!(ours[key], theirs[key], "{key}");
+    }
+    assert!(ours["full-backing-filename"].as_str().expect("string").ends_with("base.qcow2"));
+    assert_eq!(ours["format-specific"]["type"], "qcow2");
+    for key in ["compat", "compression-type", "lazy-refcounts", "refcount-bits", "corrupt"] {
+        let at = format!("/format-specific/data/{key}");
+        assert_eq!(ours.pointer(&at), theirs.pointer(&at), "{key}");
+    }
+    let all = good_json(&["info", "--json", "--backing-chain", &top]);
+    assert_eq!(all.as_array().expect("array").len(), 2);
+    let text = String::from_utf8(good(&["info", &top])).expect("UTF-8");
+    assert!(text.contains("backing file: "), "{text}");
+}
+
+#[test]
+fn map_and_cat_of_a_qcow2_chain_agree_with_qemu_img() {
+    let bed = Bed::new();
+    let top = chain(&bed);
+    let ours = good_json(&["map", "--json", &top]);
+    let theirs: Value = serde_json::from_slice(&qemu_img(bed.dir.path(), &["map", "--output=json", "top.qcow2"])).expect("JSON");
+    // Whether compressed runs are split is nobody's business: compare byte by byte, in sectors.
+    let states = |value: &Value| {
+        let mut states = Vec::new();
+        for run in value.as_array().expect("array") {
+            let (start, length) = (run["start"].as_u64().expect("start"), run["length"].as_u64().expect("length"));
+            assert_eq!(start, states.len() as u64 * 512);
+            let state = (run["depth"].clone(), run["zero"].clone(), run["data"].clone());
+            states.extend((0..length / 512).map(|_| state.clone()));
+        }
+        states
+    };
+    let (ours, theirs) = (states(&ours), states(&theirs));
+    assert_eq!(ours.len(), theirs.len());
+    let differing = ours.iter().zip(&theirs).position(|(a, b)| (&a.1, &a.2) != (&b.1, &b.2) || (a.2 == true && a.0 != b.0));
+    assert_eq!(differing.map(|sector| (sector, &ours[sector], &theirs[sector])), None);
+    qemu_img(bed.dir.path(), &["convert", "-O", "raw", "top.qcow2", "flat.raw"]);
+    assert!(good(&["cat", &top]) == fs::read(bed.path("flat.raw")).expect("read"));
+}
+
+#[test]
+fn parts_of_a_disk() {
+    let bed = Bed::new();
+    let raw = bed.raw("a.raw");
+    // An MBR whose second entry is a Linux partition from sector 2048 with 128 sectors.
+    let file = File::options().write(true).open(&raw).expect("open");
+    let mut entry = vec![0, 0, 0, 0, 0x83, 0, 0, 0];
+    entry.extend(2048u32.to_le_bytes());
+    entry.extend(128u32.to_le_bytes());
+    file.write_all_at(&entry, 446 + 16).expect("write");
+    file.write_all_at(&[0x55, 0xAA], 510).expect("write");
+    let bytes = fs::read(&raw).expect("read");
+    assert!(good(&["cat", &format!("@file={raw}@partition=2")]) == bytes[1 << 20..(1 << 20) + 65536]);
+    assert!(good(&["cat", &format!("@file={raw}@offset=1M@size=4K")]) == bytes[1 << 20..(1 << 20) + 4096]);
+    assert!(good(&["cat", &format!("@file={raw}@offset=2M")]) == bytes[2 << 20..]);
+    let (code, text) = bad(&["cat", &format!("@file={raw}@partition=1")]);
+    assert_eq!(code, 1);
+    assert!(text.contains("no partition 1; it has: 2"), "{text}");
+    let (_, text) = bad(&["cat", &format!("@file={raw}@offset=5M")]);
+    assert!(text.contains("beyond the end"), "{text}");
+}

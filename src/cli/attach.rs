@@ -6,7 +6,6 @@ use crate::image::{self, Purpose};
 use crate::tcmu::configfs::{Backstore, Configfs, Parameters};
 use cfgstring::{Config, MAX_LEN, SUBTYPE, Spec};
 use clap::Args;
-use formats::BlockDevice;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -60,9 +59,9 @@ impl Attach {
                 dev_config.len()
             )));
         }
-        let image = self.image.environment()?.open(&spec, Purpose::Read)?;
-        let limits = image.limits();
-        drop(image);
+        let disk = self.image.environment()?.open(&spec, Purpose::Read)?;
+        let limits = disk.device.limits();
+        drop(disk);
         let size = self.size.unwrap_or(limits.size);
         if size > limits.size {
             return Err(Failure::new(format!("--size {size} is more than the image has: {} bytes", limits.size)));

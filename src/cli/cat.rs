@@ -34,8 +34,8 @@ pub struct Cat {
 impl Cat {
     /// Copies the range.
     pub fn run(self) -> Result<ExitCode, Failure> {
-        let image = self.image.open(if self.force_share { Purpose::Inspect } else { Purpose::Read })?;
-        let size = image.limits().size;
+        let disk = self.image.open(if self.force_share { Purpose::Inspect } else { Purpose::Read })?.device;
+        let size = disk.limits().size;
         let Some(left) = size.checked_sub(self.offset) else {
             return Err(Failure::new(format!("--offset {} lies beyond the end of the disk, which has {size} bytes", self.offset)));
         };
@@ -46,17 +46,17 @@ impl Cat {
                 length - left
             )));
         }
-        copy(image.as_ref(), self.offset, length, &mut Output::stdout().map_err(Failure::output)?)?;
+        copy(disk.as_ref(), self.offset, length, &mut Output::stdout().map_err(Failure::output)?)?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
-fn copy(image: &dyn BlockDevice, start: u64, length: u64, out: &mut Output) -> Result<(), Failure> {
+fn copy(disk: &dyn BlockDevice, start: u64, length: u64, out: &mut Output) -> Result<(), Failure> {
     let mut buffer = vec![0; CHUNK];
     let mut at = start;
     let end = start + length;
     while at < end {
-        let extent = image.map(at, end - at)?;
+        let extent = disk.map(at, end - at)?;
         let run = extent.len.min(end - at);
         if extent.zero {
             out.zeros(run).map_err(Failure::output)?;
@@ -67,7 +67,7 @@ fn copy(image: &dyn BlockDevice, start: u64, length: u64, out: &mut Output) -> R
         while left > 0 {
             let part = usize::try_from(left).map_or(CHUNK, |left| left.min(CHUNK));
             let chunk = buffer.get_mut(..part).unwrap_or_default();
-            image.read(&mut [IoSliceMut::new(chunk)], at)?;
+            disk.read(&mut [IoSliceMut::new(chunk)], at)?;
             out.data(chunk).map_err(Failure::output)?;
             at += part as u64;
             left -= part as u64;

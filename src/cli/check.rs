@@ -31,7 +31,7 @@ pub struct Check {
 impl Check {
     /// Checks, prints, and says by the exit code what was found.
     pub fn run(self) -> Result<ExitCode, Failure> {
-        let image = self.image.open(if self.repair { Purpose::Repair } else { Purpose::Read })?;
+        let image = self.image.open(if self.repair { Purpose::Repair } else { Purpose::Read })?.image;
         let report = match image.check(self.repair) {
             Ok(report) => report,
             Err(error) if error.kind() == Kind::Unsupported => return Err(Failure::from(error).code(NO_CHECK)),

@@ -2,15 +2,13 @@
 
 use super::Failure;
 use crate::config::Configuration;
-use crate::image::{Environment, Purpose};
+use crate::image::{Disk, Environment, Purpose};
 use cfgstring::{Config, Spec};
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use formats::Image;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 /// The arguments that name an image.
 #[derive(Debug, Args)]
@@ -55,7 +53,7 @@ impl ImageArgs {
     }
 
     /// Opens it.
-    pub fn open(&self, purpose: Purpose) -> Result<Arc<Image>, Failure> {
+    pub fn open(&self, purpose: Purpose) -> Result<Disk, Failure> {
         let environment = self.environment()?;
         Ok(environment.open(&environment.resolve(&self.image)?, purpose)?)
     }

@@ -29,7 +29,7 @@ pub struct Info {
 impl Info {
     /// Prints the description.
     pub fn run(self) -> Result<ExitCode, Failure> {
-        let image = self.image.open(Purpose::Inspect)?;
+        let image = self.image.open(Purpose::Inspect)?.image;
         let mut chain = vec![describe(&image)];
         if self.backing_chain {
             let mut below = image.parent();

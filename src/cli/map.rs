@@ -66,12 +66,12 @@ impl Run {
 impl Map {
     /// Prints the map.
     pub fn run(self) -> Result<ExitCode, Failure> {
-        let image = self.image.open(if self.force_share { Purpose::Inspect } else { Purpose::Read })?;
+        let disk = self.image.open(if self.force_share { Purpose::Inspect } else { Purpose::Read })?.device;
         let mut out = BufWriter::new(io::stdout().lock());
         if self.json {
-            print_json(image.as_ref(), &mut out)?;
+            print_json(disk.as_ref(), &mut out)?;
         } else {
-            print_table(image.as_ref(), &mut out)?;
+            print_table(disk.as_ref(), &mut out)?;
         }
         out.flush().map_err(Failure::output)?;
         Ok(ExitCode::SUCCESS)
@@ -79,12 +79,12 @@ impl Map {
 }
 
 /// Calls `each` for every run, in order, none of which could be joined with the next.
-fn runs(image: &dyn BlockDevice, mut each: impl FnMut(&Run) -> Result<(), Failure>) -> Result<(), Failure> {
-    let size = image.limits().size;
+fn runs(disk: &dyn BlockDevice, mut each: impl FnMut(&Run) -> Result<(), Failure>) -> Result<(), Failure> {
+    let size = disk.limits().size;
     let mut current: Option<Run> = None;
     let mut at = 0;
     while at < size {
-        let extent = image.map(at, size - at)?;
+        let extent = disk.map(at, size - at)?;
         let next = Run::new(at, &extent);
         at += extent.len;
         match &mut current {
@@ -100,9 +100,9 @@ fn runs(image: &dyn BlockDevice, mut each: impl FnMut(&Run) -> Result<(), Failur
     current.as_ref().map_or(Ok(()), each)
 }
 
-fn print_json(image: &dyn BlockDevice, out: &mut impl Write) -> Result<(), Failure> {
+fn print_json(disk: &dyn BlockDevice, out: &mut impl Write) -> Result<(), Failure> {
     let mut first = true;
-    runs(image, |run| {
+    runs(disk, |run| {
         let line = serde_json::to_string(run).map_err(|error| Failure::caused("cannot print the map", error))?;
         write!(out, "{}{line}", if first { "[" } else { ",\n" }).map_err(Failure::output)?;
         first = false;
@@ -111,9 +111,9 @@ fn print_json(image: &dyn BlockDevice, out: &mut impl Write) -> Result<(), Failu
     writeln!(out, "{}]", if first { "[" } else { "" }).map_err(Failure::output)
 }
 
-fn print_table(image: &dyn BlockDevice, out: &mut impl Write) -> Result<(), Failure> {
+fn print_table(disk: &dyn BlockDevice, out: &mut impl Write) -> Result<(), Failure> {
     writeln!(out, "{:<18} {:<18} {:>5} {:<11} File offset", "Start", "Length", "Depth", "State").map_err(Failure::output)?;
-    runs(image, |run| {
+    runs(disk, |run| {
         let state = match run {
             Run { compressed: true, .. } => "compressed",
             Run { data: true, .. } => "data",

@@ -2,12 +2,10 @@
 
 use super::{Failure, ImageArgs};
 use crate::export::nbd::{Export, Listen, Server};
-use crate::image::Purpose;
+use crate::image::{Disk, Purpose};
 use clap::Args;
-use formats::BlockDevice;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 /// Serve an image over NBD, in the foreground, until SIGINT or SIGTERM
 ///
@@ -35,14 +33,13 @@ pub struct Nbd {
 impl Nbd {
     /// Serves until it is told to end.
     pub fn run(self) -> Result<ExitCode, Failure> {
-        let image = self.image.open(if self.read_only { Purpose::Read } else { Purpose::Serve })?;
+        let Disk { image, device } = self.image.open(if self.read_only { Purpose::Read } else { Purpose::Serve })?;
         let listen = match (self.socket, self.listen) {
             (Some(path), _) => Listen::Unix(path),
             (None, Some(address)) => Listen::Tcp(address),
             (None, None) => return Err(Failure::new("give --socket or --listen")),
         };
         let description = format!("{} ({})", image.path().display(), image.format().name());
-        let device: Arc<dyn BlockDevice> = image.clone();
         let server = Server::new(&listen, Export { name: self.name, description, device })
             .map_err(|e| Failure::caused(format!("cannot listen on {listen}"), e))?;
         eprintln!("img-tcmu: serving {} on {}", image.path().display(), server.address());

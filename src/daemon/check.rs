@@ -2,7 +2,6 @@
 
 use crate::image::{self, Environment, Purpose};
 use cfgstring::Config;
-use formats::BlockDevice;
 
 /// The grammar of the string after `img/`, as it comes from targetcli or a command line. The error is one line for people.
 ///
@@ -32,8 +31,8 @@ pub fn dev_config_syntax(dev_config: &[u8]) -> Result<Config, String> {
 pub fn open(environment: &Environment, config: &Config) -> formats::Result<()> {
     let spec = environment.resolve(config)?;
     image::require_absolute(&spec)?;
-    let image = environment.open(&spec, Purpose::Read)?;
-    if image.limits().size == 0 {
+    let disk = environment.open(&spec, Purpose::Read)?;
+    if disk.device.limits().size == 0 {
         return Err(
             formats::Error::new(formats::Kind::InvalidOption, "the disk inside has no bytes: it cannot be served").at_path(&spec.file)
         );

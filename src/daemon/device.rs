@@ -2,13 +2,13 @@
 
 use super::errno::Refusal;
 use super::rings::Rings;
-use crate::image::{self, Environment, Purpose};
+use crate::image::{self, Disk, Environment, Purpose};
 use crate::scsi::{self, Identity, Lun};
 use crate::serve::{Pool, Served};
 use crate::tcmu::configfs::Backstore;
 use crate::tcmu::uio::UioDevice;
 use cfgstring::{Config, Discard, Spec};
-use formats::{BlockDevice, Image};
+use formats::Image;
 use nix::errno::Errno;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -25,7 +25,14 @@ struct Backing {
     /// REST of the dev_config.
     config: String,
     spec: Spec,
-    image: Arc<Image>,
+    disk: Disk,
+}
+
+impl Backing {
+    fn describe(&self) -> String {
+        let read_only = if self.disk.device.limits().read_only { ", read-only" } else { "" };
+        format!("{} ({}{read_only})", self.spec.file.display(), self.disk.image.format().name())
+    }
 }
 
 /// A LUN that is served.
@@ -48,19 +55,13 @@ impl Device {
         rings: &dyn Rings,
         pool: &Pool,
     ) -> Result<Self, Refusal> {
-        let (config, spec, image) = open(&uio.name.config, environment)?;
-        let lun = Arc::new(lun(backstore, &spec, &image)?);
+        let backing = open(&uio.name.config, environment)?;
+        let lun = Arc::new(lun(backstore, &backing)?);
         let ring = rings.attach(&uio, backstore)?;
         let served =
             pool.serve(ring, Arc::clone(&lun)).map_err(|error| Refusal::new(Errno::EIO, format!("cannot serve the ring: {error}")))?;
-        tracing::info!(
-            "serves {} ({}, {} bytes{})",
-            spec.file.display(),
-            image.format().name(),
-            lun.blocks() * u64::from(lun.block_size()),
-            if image.limits().read_only { ", read-only" } else { "" }
-        );
-        Ok(Self { uio, lun, backing: Mutex::new(Backing { config, spec, image }), served: Mutex::new(Some(served)) })
+        tracing::info!("serves {}, {} bytes", backing.describe(), lun.blocks() * u64::from(lun.block_size()));
+        Ok(Self { uio, lun, backing: Mutex::new(backing), served: Mutex::new(Some(served)) })
     }
 
     /// The kernel's device.
@@ -75,7 +76,7 @@ impl Device {
 
     /// The image now behind it.
     pub fn image(&self) -> Arc<Image> {
-        Arc::clone(&self.backing.lock().image)
+        Arc::clone(&self.backing.lock().disk.image)
     }
 
     /// The configuration now in force, as the kernel has it, and what it means.
@@ -102,12 +103,12 @@ impl Device {
             rest.clone_into(&mut backing.config);
             return Ok(());
         }
-        let (config, spec, image) = open(rest, environment)?;
-        let old = self.lun.replace(image.clone()).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))?;
+        let new = open(rest, environment)?;
+        let old = self.lun.replace(new.disk.device.clone()).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))?;
         drop(old);
-        tracing::info!("now serves {} instead of {}", spec.file.display(), backing.spec.file.display());
-        let before = std::mem::replace(&mut *backing, Backing { config, spec, image });
-        close(&before.image);
+        tracing::info!("now serves {} instead of {}", new.describe(), backing.spec.file.display());
+        let before = std::mem::replace(&mut *backing, new);
+        close(&before.disk.image);
         Ok(())
     }
 
@@ -120,10 +121,9 @@ impl Device {
         if size == now {
             return Ok(());
         }
-        let image = self.image();
-        let room = image.limits().size;
-        if size > room {
-            image.grow(size)?;
+        let disk = self.backing.lock().disk.device.clone();
+        if size > disk.limits().size {
+            disk.grow(size)?;
         }
         self.lun.capacity_changed(size).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))?;
         if size < now {
@@ -160,12 +160,15 @@ impl Device {
 }
 
 /// Opens what REST of a dev_config describes.
-fn open(rest: &str, environment: &Environment) -> Result<(String, Spec, Arc<Image>), Refusal> {
+fn open(rest: &str, environment: &Environment) -> Result<Backing, Refusal> {
     let config = Config::parse(rest.as_bytes())?;
     let spec = environment.resolve(&config)?;
     image::require_absolute(&spec)?;
-    let image = environment.open(&spec, Purpose::Serve)?;
-    Ok((rest.to_owned(), spec, image))
+    let disk = environment.open(&spec, Purpose::Serve)?;
+    if disk.device.limits().read_only && !spec.read_only && spec.snapshot_name.is_none() {
+        tracing::warn!("{} images can only be read: the disk is write-protected", disk.image.format().name());
+    }
+    Ok(Backing { config: rest.to_owned(), spec, disk })
 }
 
 /// Flushes and closes; there is nobody left to tell but the log.
@@ -176,8 +179,9 @@ fn close(image: &Image) {
 }
 
 /// The SCSI unit over an image, as the backstore says.
-fn lun(backstore: &Backstore, spec: &Spec, image: &Arc<Image>) -> Result<Lun, Refusal> {
-    let limits = image.limits();
+fn lun(backstore: &Backstore, backing: &Backing) -> Result<Lun, Refusal> {
+    let Backing { spec, disk, .. } = backing;
+    let limits = disk.device.limits();
     let size = backstore.size()?;
     let block_size = backstore.block_size().unwrap_or(512);
     if size > limits.size {
@@ -201,7 +205,7 @@ fn lun(backstore: &Backstore, spec: &Spec, image: &Arc<Image>) -> Result<Lun, Re
         max_transfer_blocks: max_transfer_blocks(backstore, block_size),
         ..scsi::Config::default()
     };
-    Lun::new(image.clone(), identity, config).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))
+    Lun::new(disk.device.clone(), identity, config).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))
 }
 
 /// What the backstore asks for; more than the kernel's small default where it asks for nothing, as far as the data area goes.
