@@ -12,7 +12,9 @@ for case in ${CONFORMANCE:-raw:512 qcow2:512 raw:4096}; do
     text=$(targetcli_once "/backstores/user:$SUBTYPE" create "name=$name" size=256M \
         "cfgstring=@id=$name@file=/scratch/c/$name$options" "control=hw_block_size=$block" 2>&1) || fail "create: $text"
     iscsi_target_up "$name"
-    iscsi-test-cu --dataloss --allow-sanitize -v -t ALL "$(url_of "$name")" >"/bed/out/$name.txt" 2>&1 || true
+    # Twice the same portal is two sessions: the second path of the multipath tests.
+    url=$(url_of "$name")
+    iscsi-test-cu --dataloss --allow-sanitize -v -t ALL "$url" "$url" >"/bed/out/$name.txt" 2>&1 || true
     daemon_alive || fail "the daemon died: $(tail -n 5 "/bed/out/$name.txt")"
     expected=/bed/guest/expected/conformance-$format-$block.txt
     python3 /bed/guest/conformance.py "/bed/out/$name.txt" "/bed/out/conformance-$format-$block.txt" "$expected" ||
