@@ -168,7 +168,7 @@ mod tests {
             let mut first = [0; 2];
             writeback.read(0, 512, &mut first).unwrap();
             assert_eq!(first, if order == BitOrder::LsbFirst { [0xFF, 0xFE] } else { [0xFF, 0x7F] });
-            bitmaps.replace(Stage::Reserve, 512, &[0; 600]).unwrap();
+            bitmaps.replace(Stage::Publish, 512, &[0; 600]).unwrap();
             assert_eq!(bitmaps.run(512, 0, 4096).unwrap(), (4096, false));
         }
     }
