@@ -50,7 +50,7 @@ pub(crate) const DRIVER: Driver = Driver {
     name: "vhdx",
     aliases: &[],
     recognise: |h| h.has(0, b"vhdxfile"),
-    can: Capabilities { read: true, write: true, discard: true, cheap_zero: true, parent: true, check: false, repair: false, grow: false },
+    can: Capabilities { read: true, write: true, discard: true, cheap_zero: true, parent: true, check: true, repair: true, grow: true },
     open,
 };
 
