@@ -6,8 +6,8 @@ use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// Unit of allocation of [`Memory`] in bytes, unless its limits say otherwise.
-const UNIT: u64 = 4096;
+/// Unit of allocation of [`Memory`] in bytes.
+pub const UNIT: u64 = 4096;
 /// What a buffer holds before a command runs: bytes of "earlier commands" that must never get out.
 pub const POISON: u8 = 0xE7;
 
@@ -40,7 +40,7 @@ impl Memory {
     }
 
     pub fn with_limits(limits: Limits) -> Self {
-        let units = limits.size.div_ceil(limits.granularity) as usize;
+        let units = limits.size.div_ceil(UNIT) as usize;
         let state = State { bytes: vec![0; limits.size as usize], allocated: vec![false; units], failure: None };
         Self { state: Mutex::new(state), limits: Mutex::new(limits), flushes: AtomicUsize::new(0) }
     }
@@ -99,7 +99,6 @@ impl BlockDevice for Memory {
     }
 
     fn write(&self, bufs: &[IoSlice<'_>], at: u64) -> Result<()> {
-        let unit_len = self.limits().granularity;
         let mut state = self.state.lock().unwrap();
         let len: u64 = bufs.iter().map(|b| b.len() as u64).sum();
         let state = self.check(&mut state, at, len)?;
@@ -108,17 +107,16 @@ impl BlockDevice for Memory {
             state.bytes[to..to + buf.len()].copy_from_slice(buf);
             to += buf.len();
         }
-        state.allocated[(at / unit_len) as usize..(at + len).div_ceil(unit_len) as usize].fill(true);
+        state.allocated[(at / UNIT) as usize..(at + len).div_ceil(UNIT) as usize].fill(true);
         Ok(())
     }
 
     fn zero(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
-        let unit_len = self.limits().granularity;
         let mut state = self.state.lock().unwrap();
         let state = self.check(&mut state, at, len)?;
         state.bytes[at as usize..(at + len) as usize].fill(0);
-        for unit in at / unit_len..(at + len).div_ceil(unit_len) {
-            let whole = unit * unit_len >= at && (unit + 1) * unit_len <= at + len;
+        for unit in at / UNIT..(at + len).div_ceil(UNIT) {
+            let whole = unit * UNIT >= at && (unit + 1) * UNIT <= at + len;
             match mode {
                 ZeroMode::KeepAllocated => state.allocated[unit as usize] = true,
                 _ if whole => state.allocated[unit as usize] = false,
@@ -129,11 +127,10 @@ impl BlockDevice for Memory {
     }
 
     fn discard(&self, at: u64, len: u64) -> Result<()> {
-        let unit_len = self.limits().granularity;
         let mut state = self.state.lock().unwrap();
         let state = self.check(&mut state, at, len)?;
-        for unit in at.div_ceil(unit_len)..(at + len) / unit_len {
-            state.bytes[(unit * unit_len) as usize..((unit + 1) * unit_len) as usize].fill(0);
+        for unit in at.div_ceil(UNIT)..(at + len) / UNIT {
+            state.bytes[(unit * UNIT) as usize..((unit + 1) * UNIT) as usize].fill(0);
             state.allocated[unit as usize] = false;
         }
         Ok(())
@@ -147,20 +144,18 @@ impl BlockDevice for Memory {
     }
 
     fn map(&self, at: u64, len: u64) -> Result<MapExtent> {
-        let unit_len = self.limits().granularity;
         let mut state = self.state.lock().unwrap();
         let state = self.check(&mut state, at, len)?;
-        let allocated = state.allocated[(at / unit_len) as usize];
-        let same = (at / unit_len + 1..(at + len).div_ceil(unit_len)).take_while(|u| state.allocated[*u as usize] == allocated);
-        let end = ((at / unit_len + 1 + same.count() as u64) * unit_len).min(at + len);
+        let allocated = state.allocated[(at / UNIT) as usize];
+        let same = (at / UNIT + 1..(at + len).div_ceil(UNIT)).take_while(|u| state.allocated[*u as usize] == allocated);
+        let end = ((at / UNIT + 1 + same.count() as u64) * UNIT).min(at + len);
         Ok(MapExtent { len: end - at, allocated, zero: !allocated, encoded: false, depth: 0, offset: None })
     }
 
     fn grow(&self, size: u64) -> Result<()> {
-        let unit_len = self.limits().granularity;
         let mut state = self.state.lock().unwrap();
         state.bytes.resize(size as usize, 0);
-        state.allocated.resize(size.div_ceil(unit_len) as usize, false);
+        state.allocated.resize(size.div_ceil(UNIT) as usize, false);
         self.limits.lock().unwrap().size = size;
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! SANITIZE and FORMAT UNIT, and the small commands about the unit: defects, logs, diagnostics.
 
 use crate::harness::*;
-use formats::{Kind, Limits};
+use formats::Kind;
 use img_tcmu::scsi::Config;
 
 fn sanitize(action: u8, list_len: u16) -> [u8; 10] {
@@ -68,13 +68,6 @@ fn block_erase() {
     let mut status = cdb16(0x9E, 0x12, 0, 0);
     status[13] = 255;
     assert_eq!(disk.read(&status, 256), [&[0, 0, 0, 20, 0, 0, 0, 0][..], &[0; 10], &[8, 0, 1, 0, 0, 0]].concat());
-    // Units that are larger than the pieces in which progress is counted.
-    let limits = Limits { granularity: 32 << 20, ..Memory::new(100 << 20).limits_now() };
-    let disk = Disk::with(Memory::with_limits(limits), Config::default());
-    disk.write(&cdb16(0x8A, 0, 1000, 1), &[1; 512]);
-    disk.write(&cdb16(0x8A, 0, 204_799, 1), &[1; 512]);
-    disk.ok(&sanitize(2, 0));
-    assert_eq!(disk.read(&status, 256)[16..], [0, 3, 0x20, 0, 1, 0, 0, 0], "one run, deallocated");
     let thick = Disk::with(Memory::new(1 << 20), Config { discard: false, ..Config::default() });
     assert_eq!(thick.cdb_fault(&sanitize(2, 0), &[]), (1, Some(4)));
 }
