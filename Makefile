@@ -37,7 +37,14 @@ demo: build
 test: test-cargo test-samples test-vm test-smp
 	@echo "make test: all parts passed"
 
-test-cargo: toolchain install
+# A second opinion on VHDX that Debian does not package; in an environment of its own unless it is there already.
+readers: install
+	@python3 -c 'import dissect.hypervisor' 2>/dev/null || target/python/bin/python -c 'import dissect.hypervisor' 2>/dev/null || \
+	    { python3 -m venv target/python && target/python/bin/pip -q install dissect.hypervisor; }
+.PHONY: readers
+
+test-cargo: toolchain install readers
+	python3 -c 'import dissect.hypervisor' 2>/dev/null || export DISSECT_PYTHON=$(CURDIR)/target/python/bin/python; \
 	@cargo nextest --version >/dev/null 2>&1 || cargo install --locked cargo-nextest || \
 	    echo "make: cargo-nextest cannot be installed, using cargo test"
 	if cargo nextest --version >/dev/null 2>&1; then \

@@ -1,6 +1,7 @@
 //! From a file's name to an open image: the gate, the probe, the driver, the chain of parents.
 
 use crate::cache::Cache;
+use crate::compressed;
 use crate::device::BlockDevice;
 use crate::drivers::{self, Opened, Request};
 use crate::error::{Error, Kind, Result};
@@ -83,14 +84,29 @@ fn open_file(
     top: bool,
     chain: &mut Chain,
 ) -> Result<Arc<Image>> {
-    let store: Arc<dyn Store> = file.clone();
+    // "auto" is the user's word; in an image it is no format.
+    let named = format.filter(|f| !top || *f != "auto");
+    let cache = options.cache.clone().unwrap_or_else(Cache::shared);
+    let (store, stream) = match named {
+        // Said to be raw: its bytes are the guest's, whatever they look like.
+        Some("raw") => (file.clone() as Arc<dyn Store>, false),
+        _ => match compressed::open(file.clone(), &compressed::Options::default(), &cache).map_err(|e| e.at_path(path))? {
+            Some(decoded) => (decoded, true),
+            None => (file.clone() as Arc<dyn Store>, false),
+        },
+    };
+    if stream && writable {
+        return Err(Error::new(
+            Kind::ReadOnly,
+            "the file is a compressed stream, which cannot be written to: open it read-only (read-only=on), or put a writable image on it (qemu-img create -b)",
+        )
+        .at_path(path));
+    }
     // A predecessor's unfinished writes come first: they may concern the very header that the probe looks at.
     let redo: Box<dyn RedoLog> = match &options.redo {
         Some(logs) if writable => logs.begin(&file, std::slice::from_ref(&store))?,
         _ => Box::new(redo::None),
     };
-    // "auto" is the user's word; in an image it is no format.
-    let named = format.filter(|f| !top || *f != "auto");
     let driver = match named {
         Some(name) => drivers::by_name(name)?,
         None => drivers::by_name(Head::read(&*store).map_err(|e| e.at_path(path))?.recognise().unwrap_or("raw"))?,
@@ -150,7 +166,6 @@ fn open_file(
             Some(below)
         }
     };
-    let cache = options.cache.clone().unwrap_or_else(Cache::shared);
     let image = Image::new(Parts {
         format,
         writeback,

@@ -69,7 +69,8 @@ fn look(len: u64, read: impl Fn(&mut [u8], u64) -> Result<()>) -> Result<()> {
     };
     let tail = TAIL.min(len);
     let would_be = Head { head: part(0, HEAD.min(len))?, tail: part(len - tail, tail)?, len };
-    match would_be.recognise() {
+    let stream = || crate::compressed::recognise(&would_be.head).map(|_| "a compressed stream");
+    match would_be.recognise().or_else(stream) {
         None => Ok(()),
         Some(name) => Err(Error::new(
             Kind::Denied,

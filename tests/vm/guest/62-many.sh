@@ -38,7 +38,7 @@ step "threads: $one with one LUN, $many with $LUNS; RSS $(sed -n 's/^VmRSS:\s*//
 for n in $(seq "$LUNS"); do
     loopback_disk "naa.50014050000000$(printf %02x "$n")"
     want_equal "the first byte of LUN $n" "$(head -c 1 "$DISK" | od -An -tu1 | tr -d ' ')" "$((n & 255))"
-    echo "lun $n" | dd of="$DISK" bs=4k seek=100 conv=sync oflag=direct status=none
+    echo "lun.$n" | dd of="$DISK" bs=4k seek=100 conv=sync oflag=direct status=none
 done
 step "removed by four"
 makers=()
@@ -49,7 +49,7 @@ done
 for maker in "${makers[@]}"; do wait "$maker" || fail "a remover failed"; done
 no_leftovers
 for n in $(seq "$LUNS"); do
-    want_match "what was written to LUN $n" "$(qemu-io -r -f qcow2 -c "read -v 400k 512" "/scratch/m/$n.qcow2" | head -1)" "lun $n"
+    want_match "what was written to LUN $n" "$(qemu-io -r -f qcow2 -c "read -v 400k 512" "/scratch/m/$n.qcow2" | head -1)" "lun.$n"
 done
 daemon_alive || fail "the daemon is gone"
 stop_daemon

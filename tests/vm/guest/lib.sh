@@ -132,7 +132,7 @@ delete_backstore() { targetcli_once "/backstores/user:$SUBTYPE" delete "$1" >/de
 core_of() { echo "$CONFIGFS"/core/user_*/"$1"; }
 no_leftovers() { # nothing of a failed create is left in configfs
     local left
-    left=$(find "$CONFIGFS/core" -mindepth 2 -maxdepth 2 -type d -path '*/user_*/*' -printf '%f ')
+    left=$(find "$CONFIGFS/core" -mindepth 2 -maxdepth 2 -type d -path '*/user_*/*' -printf '%f\n' | sort | tr '\n' ' ')
     want_equal "the list of devices in configfs" "$left" "${1:-}"
 }
 
