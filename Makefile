@@ -44,9 +44,9 @@ readers: install
 .PHONY: readers
 
 test-cargo: toolchain install readers
-	python3 -c 'import dissect.hypervisor' 2>/dev/null || export DISSECT_PYTHON=$(CURDIR)/target/python/bin/python; \
 	@cargo nextest --version >/dev/null 2>&1 || cargo install --locked cargo-nextest || \
 	    echo "make: cargo-nextest cannot be installed, using cargo test"
+	python3 -c 'import dissect.hypervisor' 2>/dev/null || export DISSECT_PYTHON=$(CURDIR)/target/python/bin/python; \
 	if cargo nextest --version >/dev/null 2>&1; then \
 	    cargo nextest run --workspace --locked && cargo test --workspace --locked --doc -q; \
 	else \
