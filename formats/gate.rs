@@ -16,6 +16,11 @@ use std::sync::Arc;
 /// The longest chain of images.
 pub const MAX_DEPTH: usize = 200;
 
+/// How often a lock that somebody else holds is asked for again.
+const LOCK_RETRIES: u32 = 10;
+/// Time between.
+const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// What may be opened, and how.
 #[derive(Clone, Debug)]
 pub struct Gate {
@@ -110,7 +115,17 @@ impl Gate {
     }
 
     fn lock(&self, file: &File, path: &Path, how: Use) -> Result<()> {
-        if self.locking { locks::lock(file, path, how) } else { Ok(()) }
+        if !self.locking {
+            return Ok(());
+        }
+        // Who only looks (`qemu-img info`, a check of a configuration) holds its locks for a moment.
+        for _ in 0..LOCK_RETRIES {
+            match locks::lock(file, path, how) {
+                Err(error) if error.kind() == Kind::Locked => std::thread::sleep(LOCK_PAUSE),
+                result => return result,
+            }
+        }
+        locks::lock(file, path, how)
     }
 }
 

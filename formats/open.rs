@@ -96,12 +96,12 @@ fn open_file(
         },
     };
     if stream && writable {
-        return Err(Error::new(
-            Kind::ReadOnly,
-            "the file is a compressed stream, which cannot be written to: open it read-only (read-only=on), or put a writable image on it (qemu-img create -b)",
-        )
-        .at_path(path));
+        tracing::warn!(
+            image = %path.display(),
+            "a compressed stream cannot be written to: served read-only (qemu-img create -b puts a writable image on it)"
+        );
     }
+    let writable = writable && !stream;
     // A predecessor's unfinished writes come first: they may concern the very header that the probe looks at.
     let redo: Box<dyn RedoLog> = match &options.redo {
         Some(logs) if writable => logs.begin(&file, std::slice::from_ref(&store))?,
