@@ -1,6 +1,6 @@
 //! VM disk images behind one engine: a format says where a byte lives, the engine moves the bytes.
 //!
-//! Front ends open an image with [`open`](crate::open) and see a [`BlockDevice`]. Format authors implement [`Format`].
+//! Front ends open an image with [`open()`] and see a [`BlockDevice`]. Format authors implement [`Format`].
 //! This crate knows nothing of SCSI, TCMU, NBD or the daemon, and holds no unsafe code.
 
 mod bitmap;

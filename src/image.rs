@@ -62,7 +62,7 @@ impl Environment {
     /// Opens what `spec` describes.
     ///
     /// # Errors
-    /// A key that is not supported yet, by name; those of [`formats::open`]; a window or partition that is not there.
+    /// A key that is not supported yet, by name; those of [`formats::open()`]; a window or partition that is not there.
     pub fn open(&self, spec: &Spec, purpose: Purpose) -> Result<Disk> {
         let image = formats::open(&self.options(spec, purpose)?)?;
         let device = filtered(spec, &image).map_err(|error| error.at_path(&spec.file))?;

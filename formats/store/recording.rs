@@ -1,7 +1,7 @@
 //! A store that writes down what is done to it, so that a test can ask: what would the file hold if the power had failed *here*?
 //!
 //! Any number of stores, the redo log of an image, and the test's own marks share one [`Journal`]; its entries are in the order in which things began and
-//! ended. [`Journal::cut`] tells which changes had certainly reached the disk at a point of it, and which may have. For tests only: everything
+//! ended. A cut of the journal tells which changes had certainly reached the disk at a point of it, and which may have. For tests only: everything
 //! is kept in memory for ever.
 
 use super::{MemoryStore, Store};

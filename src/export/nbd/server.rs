@@ -25,7 +25,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 pub enum Listen {
     /// A Unix socket, made by us and removed at the end.
     Unix(PathBuf),
-    /// An address and port, like "[::1]:10809".
+    /// An address and port, like `[::1]:10809`.
     Tcp(String),
 }
 

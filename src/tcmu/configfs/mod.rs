@@ -109,7 +109,7 @@ fn write(path: &Path, value: &str) -> Result<()> {
     write().map_err(|source| Error::Path { what: "write", path: path.to_owned(), source })
 }
 
-/// Like [`write`], but some errors mean that this kernel, or this state, has no use for it.
+/// Like [`write()`], but some errors mean that this kernel, or this state, has no use for it.
 fn write_tolerant(path: &Path, value: &str, tolerated: &[i32]) -> Result<()> {
     match write(path, value) {
         Err(Error::Path { source, .. }) if source.raw_os_error().is_some_and(|errno| tolerated.contains(&errno)) => {
