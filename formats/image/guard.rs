@@ -69,7 +69,9 @@ fn look(len: u64, read: impl Fn(&mut [u8], u64) -> Result<()>) -> Result<()> {
     };
     let tail = TAIL.min(len);
     let would_be = Head { head: part(0, HEAD.min(len))?, tail: part(len - tail, tail)?, len };
-    let stream = || crate::compressed::recognise(&would_be.head).map(|_| "a compressed stream");
+    // A stream may also begin with a skippable frame (zstd, lz4: 184D2A5xh), which `recognise` does not look behind.
+    let skippable = matches!(would_be.head.get(..4), Some([0x50..=0x5F, 0x2A, 0x4D, 0x18]));
+    let stream = || (skippable || crate::compressed::recognise(&would_be.head).is_some()).then_some("a compressed stream");
     match would_be.recognise().or_else(stream) {
         None => Ok(()),
         Some(name) => Err(Error::new(

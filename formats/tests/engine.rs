@@ -109,6 +109,28 @@ fn open_guessed(path: &Path) -> Arc<formats::Image> {
     formats::open(&OpenOptions::new(path)).unwrap()
 }
 
+/// A compressed stream may hold an image of any format, also behind a skippable frame.
+#[test]
+fn a_guest_cannot_make_a_raw_image_a_stream() {
+    let dir = scratch();
+    let path = dir.path().join("disk");
+    let streams: [&[u8]; 5] = [
+        b"\x1f\x8b\x08\0\0\0\0\0\0\x03",
+        b"\x28\xb5\x2f\xfd\x24\x05",
+        b"\xfd7zXZ\0\0\x04",
+        b"\x50\x2a\x4d\x18\x04\0\0\0",
+        b"\x5f\x2a\x4d\x18\x04\0\0\0",
+    ];
+    for stream in streams {
+        std::fs::write(&path, vec![1; 1 << 20]).unwrap();
+        let image = open_guessed(&path);
+        let error = open::write(&*image, 0, stream).unwrap_err();
+        assert_eq!(error.kind(), formats::Kind::Denied, "{stream:02x?}");
+        image.close().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), vec![1; 1 << 20], "nothing was written");
+    }
+}
+
 #[test]
 fn a_guest_cannot_give_a_raw_image_a_signature() {
     let dir = scratch();
