@@ -28,6 +28,9 @@ pub struct Serve {
     log_level: Option<String>,
     #[arg(long, hide = true, default_value = daemon::RUN_DIRECTORY)]
     run_dir: PathBuf,
+    /// Bytes of kernel events that may wait: a small buffer shows what happens when it overflows.
+    #[arg(long, hide = true)]
+    event_buffer: Option<usize>,
     #[arg(long, hide = true)]
     dbus_address: Option<String>,
 }
@@ -43,6 +46,7 @@ impl Serve {
             run_directory: self.run_dir,
             workers: self.workers.map(usize::from),
             allow: self.allow,
+            event_buffer: self.event_buffer,
             bus: dbus::Options { address: self.dbus_address, ..dbus::Options::default() },
         };
         daemon::run(&options, &configuration).map_err(|error| Failure::caused("the daemon ended", error))?;

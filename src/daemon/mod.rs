@@ -26,7 +26,7 @@ mod serial;
 use crate::config::Configuration;
 use crate::serve::Pool;
 use crate::tcmu::configfs::Configfs;
-use crate::tcmu::netlink::{DeviceEvent, Event, Netlink};
+use crate::tcmu::netlink::{DeviceEvent, EVENT_BUFFER, Event, Netlink};
 use dbus::{Role, SharedEnvironment};
 use devices::{Devices, Means, Question};
 use formats::open::RedoLogs;
@@ -67,6 +67,8 @@ pub struct Options {
     pub workers: Option<usize>,
     /// Further directories in which files that images name may lie.
     pub allow: Vec<PathBuf>,
+    /// Bytes of kernel events that may wait, if not [`EVENT_BUFFER`](crate::tcmu::netlink::EVENT_BUFFER).
+    pub event_buffer: Option<usize>,
     /// The bus.
     pub bus: dbus::Options,
 }
@@ -107,7 +109,7 @@ pub fn run(options: &Options, configuration: &Configuration) -> Result<(), Failu
         pool,
         environment: Arc::clone(&environment),
     });
-    listen(&configfs, &devices, messages.clone())?;
+    listen(&configfs, &devices, options.event_buffer.unwrap_or(EVENT_BUFFER), messages.clone())?;
     join_bus(options, &environment, messages)?;
     let daemon = Daemon { options, environment, redo, devices: &devices, inbox: &inbox, guest: Cell::new(false) };
     daemon.ready();
@@ -143,9 +145,9 @@ fn watch_signals(messages: Sender<Message>) -> Result<(), Failure> {
 }
 
 /// Opens the kernel's ear for us: step 2 of the start-up.
-fn listen(configfs: &Configfs, devices: &Devices, messages: Sender<Message>) -> Result<(), Failure> {
+fn listen(configfs: &Configfs, devices: &Devices, event_buffer: usize, messages: Sender<Message>) -> Result<(), Failure> {
     configfs.block_netlink(true)?;
-    let netlink = configfs.reset_netlink().and_then(|()| Netlink::open(cfgstring::SUBTYPE)).and_then(|netlink| {
+    let netlink = configfs.reset_netlink().and_then(|()| Netlink::open(cfgstring::SUBTYPE, event_buffer)).and_then(|netlink| {
         netlink.announce()?;
         Ok(Arc::new(netlink))
     });

@@ -43,8 +43,8 @@ mod attribute {
     pub const REPLIES_SUPPORTED: u16 = 9;
 }
 
-/// Bytes of events that may wait for us: thousands.
-const EVENT_BUFFER: usize = 8 << 20;
+/// Bytes of events that may wait for us, unless somebody wants it otherwise: thousands of events.
+pub const EVENT_BUFFER: usize = 8 << 20;
 
 /// What the kernel says.
 #[derive(Debug)]
@@ -144,14 +144,14 @@ pub struct Netlink {
 }
 
 impl Netlink {
-    /// Connects and listens for events about devices of `subtype`. Needs CAP_NET_ADMIN.
-    pub fn open(subtype: &str) -> Result<Self> {
+    /// Connects and listens for events about devices of `subtype`, of which `buffer` bytes may wait. Needs CAP_NET_ADMIN.
+    pub fn open(subtype: &str, buffer: usize) -> Result<Self> {
         let mut answers = Socket::open()?;
         let (family, group) = resolve(&mut answers, "TCM-USER", "config")?;
         let mut events = Socket::open()?;
         // A lost event may leave somebody waiting for ever. So the buffer is large; should it still overflow, the kernel tells
         // whoever caused the event (the operation fails) instead of waiting for an answer, and tells us.
-        events.set_buffer(EVENT_BUFFER)?;
+        events.set_buffer(buffer)?;
         events.report_loss_to_sender()?;
         events.join(group)?;
         Ok(Self { family, subtype: subtype.to_owned(), events, answers: answers.into(), waiting: VecDeque::new().into() })

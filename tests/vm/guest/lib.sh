@@ -122,10 +122,10 @@ size_of() { # FILE [FORMAT]: the guest's size in bytes, by qemu-img
     qemu-img info ${2:+-f "$2"} -U --output=json "$1" |
         python3 -c 'import json, sys; print(json.load(sys.stdin)["virtual-size"])'
 }
-create_backstore() { # NAME FILE [@key=value...] [SIZE]
+create_backstore() { # NAME FILE [@key=value...] [SIZE] [CONTROL]
     local text
     text=$(targetcli_once "/backstores/user:$SUBTYPE" create "name=$1" "size=${4:-$(size_of "$2")}" \
-        "cfgstring=$(config_of "$2" "${3:-}")" 2>&1) || fail "targetcli create: $text"
+        "cfgstring=$(config_of "$2" "${3:-}")" ${5:+"control=$5"} 2>&1) || fail "targetcli create: $text"
     [ -n "$(echo "$CONFIGFS"/core/user_*/"$1"/udev_path)" ] || fail "no configfs directory for $1"
 }
 delete_backstore() { targetcli_once "/backstores/user:$SUBTYPE" delete "$1" >/dev/null || fail "cannot delete backstore $1"; }

@@ -2,7 +2,7 @@
 # user:img survives its end and its return, and the end of the bus itself.
 . /bed/guest/lib.sh
 
-shown() { targetcli_once ls /backstores 2>/dev/null | grep -q "user:$1"; }
+shown() { grep -q "user:$1" <<<"$(targetcli_once ls /backstores 2>/dev/null)"; }
 tcmu-runner >/bed/out/runner.log 2>&1 </dev/null &
 runner=$!
 wait_for "$PATIENCE" name_owned || fail "tcmu-runner does not own the name"
@@ -13,7 +13,8 @@ step "both handlers are there"
 wait_for "$PATIENCE" shown img || fail "user:img is not there beside tcmu-runner"
 shown qcow || fail "user:qcow is gone"
 image=$(take_sample base.qcow2 ours)
-create_backstore ours "$image"
+# Without this the kernel would take tcmu-runner's answer about our device, if it is the faster one.
+create_backstore ours "$image" "" "" nl_reply_supported=-1
 loopback_up ours
 disk=$DISK
 SUBTYPE=qcow DAEMON=tcmu-runner
