@@ -10,13 +10,12 @@ mod check_config;
 mod detach;
 mod failure;
 mod formats;
+mod fuse;
 mod image;
 mod info;
 mod list;
 mod map;
-
 mod nbd;
-
 mod serve;
 
 pub use attach::load_module;
@@ -60,6 +59,7 @@ enum Command {
     Check(check::Check),
     Formats(formats::Formats),
     Nbd(nbd::Nbd),
+    Fuse(fuse::Fuse),
     CheckConfig(check_config::CheckConfig),
 }
 
@@ -76,6 +76,7 @@ impl Command {
             Self::Check(command) => command.run(),
             Self::Formats(command) => command.run(),
             Self::Nbd(command) => command.run(),
+            Self::Fuse(command) => command.run(),
             Self::CheckConfig(command) => command.run(),
         }
     }
