@@ -407,6 +407,7 @@ fn fio_verifies_what_it_wrote() {
                 "--verify=crc32c",
                 "--verify_fatal=1",
                 "--do_verify=1",
+                "--verify_state_save=0",
                 "--end_fsync=1",
                 "--randseed=7",
                 "--output-format=terse",
