@@ -3,6 +3,8 @@
 use super::errno::Refusal;
 use super::rings::Rings;
 use crate::image::{self, Disk, Environment, Purpose};
+use crate::scsi::CopyPeers;
+use crate::scsi::ports::TargetPorts;
 use crate::scsi::{self, Identity, Lun};
 use crate::serve::{Pool, Served};
 use crate::tcmu::configfs::Backstore;
@@ -19,6 +21,9 @@ const KERNEL_MAX_SECTORS: u32 = 128;
 
 /// What one command may transfer unless the backstore says otherwise: the kernel's own default of 64 KiB halves the throughput.
 const MAX_TRANSFER_BYTES: u64 = 4 << 20;
+
+/// Formats whose images say which sectors their guest used.
+const RECORDED_SECTORS: [&str; 1] = ["vhdx"];
 
 /// The backing of a device: changes with its dev_config.
 struct Backing {
@@ -43,6 +48,14 @@ pub struct Device {
     served: Mutex<Option<Served>>,
 }
 
+/// What the unit can reach besides its image.
+pub struct Surroundings {
+    /// The target ports that lead to it.
+    pub ports: Arc<dyn TargetPorts>,
+    /// The other units.
+    pub peers: Arc<dyn CopyPeers>,
+}
+
 impl Device {
     /// Opens the image and takes the ring into service.
     ///
@@ -51,12 +64,13 @@ impl Device {
     pub fn start(
         uio: UioDevice,
         backstore: &Backstore,
+        surroundings: Surroundings,
         environment: &Environment,
         rings: &dyn Rings,
         pool: &Pool,
     ) -> Result<Self, Refusal> {
         let backing = open(&uio.name.config, environment)?;
-        let lun = Arc::new(lun(backstore, &backing)?);
+        let lun = Arc::new(lun(backstore, &backing, surroundings)?);
         let ring = rings.attach(&uio, backstore)?;
         let served =
             pool.serve(ring, Arc::clone(&lun)).map_err(|error| Refusal::new(Errno::EIO, format!("cannot serve the ring: {error}")))?;
@@ -115,22 +129,27 @@ impl Device {
     /// Makes the LUN `size` bytes large, growing the image where it has to.
     ///
     /// # Errors
-    /// The image cannot grow.
+    /// The image cannot grow, or the LUN would shrink under its initiators.
     pub fn set_size(&self, size: u64) -> Result<(), Refusal> {
-        let now = self.lun.blocks() * u64::from(self.lun.block_size());
+        let block = u64::from(self.lun.block_size());
+        let now = self.lun.blocks() * block;
         if size == now {
             return Ok(());
+        }
+        if !size.is_multiple_of(block) {
+            return Err(Refusal::new(Errno::EINVAL, format!("{size} bytes are no whole number of blocks of {block} bytes")));
+        }
+        if size < now {
+            let text =
+                format!("{size} bytes are less than the {now} it has, which initiators use: remove the backstore and create a smaller one");
+            return Err(Refusal::new(Errno::EINVAL, text));
         }
         let disk = self.backing.lock().disk.device.clone();
         if size > disk.limits().size {
             disk.grow(size)?;
         }
         self.lun.capacity_changed(size).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))?;
-        if size < now {
-            tracing::warn!("shrank from {now} to {size} bytes; what the image holds beyond is kept");
-        } else {
-            tracing::info!("grew from {now} to {size} bytes");
-        }
+        tracing::info!("grew from {now} to {size} bytes");
         Ok(())
     }
 
@@ -179,7 +198,7 @@ fn close(image: &Image) {
 }
 
 /// The SCSI unit over an image, as the backstore says.
-fn lun(backstore: &Backstore, backing: &Backing) -> Result<Lun, Refusal> {
+fn lun(backstore: &Backstore, backing: &Backing, surroundings: Surroundings) -> Result<Lun, Refusal> {
     let Backing { spec, disk, .. } = backing;
     let limits = disk.device.limits();
     let size = backstore.size()?;
@@ -202,10 +221,13 @@ fn lun(backstore: &Backstore, backing: &Backing) -> Result<Lun, Refusal> {
         read_only: spec.read_only,
         write_cache: true,
         discard: spec.discard == Discard::Unmap,
+        fixed_sector: RECORDED_SECTORS.contains(&disk.image.format().name()),
         max_transfer_blocks: max_transfer_blocks(backstore, block_size),
         ..scsi::Config::default()
     };
-    Lun::new(disk.device.clone(), identity, config).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))
+    let Surroundings { ports, peers } = surroundings;
+    Lun::with_surroundings(disk.device.clone(), identity, config, Some(ports), Some(peers))
+        .map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))
 }
 
 /// What the backstore asks for; more than the kernel's small default where it asks for nothing, as far as the data area goes.

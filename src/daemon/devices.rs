@@ -4,10 +4,12 @@
 //! its own devices alone. Every event is answered exactly once, whatever happens to the job that handles it.
 
 use super::dbus::SharedEnvironment;
-use super::device::Device;
+use super::device::{Device, Surroundings};
 use super::errno::Refusal;
 use super::rings::Rings;
 use super::serial::Serial;
+use super::surroundings::Ports;
+use crate::scsi::{CopyPeers, Lun};
 use crate::serve::Pool;
 use crate::tcmu::configfs::Configfs;
 use crate::tcmu::netlink::Action;
@@ -15,8 +17,8 @@ use crate::tcmu::uio::{DeviceName, UioDevice};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// The kernel's question, to be answered once: 0, or a positive errno.
@@ -91,12 +93,31 @@ struct Inner {
     slots: Mutex<BTreeMap<String, Slot>>,
     serial: Serial,
     stopping: AtomicBool,
+    peers: Arc<Peers>,
+}
+
+/// The units that EXTENDED COPY finds.
+struct Peers(Weak<Inner>);
+
+impl CopyPeers for Peers {
+    fn find(&self, naa: &[u8; 16]) -> Option<Lun> {
+        let served = |slot: &Slot| if let Slot::Served(device) = slot { Some(device.lun().clone()) } else { None };
+        let units: Vec<Lun> = self.0.upgrade()?.slots.lock().values().filter_map(served).collect();
+        // Names are asked for without the lock: they come from configfs.
+        units.into_iter().find(|unit| unit.naa().as_ref() == Some(naa))
+    }
 }
 
 impl Devices {
     /// No devices.
     pub fn new(means: Means) -> Self {
-        Self(Arc::new(Inner { means, slots: Mutex::default(), serial: Serial::default(), stopping: AtomicBool::new(false) }))
+        Self(Arc::new_cyclic(|inner| Inner {
+            means,
+            slots: Mutex::default(),
+            serial: Serial::default(),
+            stopping: AtomicBool::new(false),
+            peers: Arc::new(Peers(inner.clone())),
+        }))
     }
 
     /// Handles what happens to the device `name` in the background, and answers.
@@ -266,7 +287,8 @@ impl Inner {
     fn start(&self, uio: UioDevice) -> Result<Device, Refusal> {
         let backstore = self.means.configfs.backstore(&uio.name);
         let environment = Arc::clone(&self.means.environment.read());
-        Device::start(uio, &backstore, &environment, &*self.means.rings, &self.means.pool)
+        let surroundings = Surroundings { ports: Arc::new(Ports(backstore.clone())), peers: Arc::clone(&self.peers) as _ };
+        Device::start(uio, &backstore, surroundings, &environment, &*self.means.rings, &self.means.pool)
     }
 
     /// A device that exists already. When it cannot be served it is blocked, so that its initiators wait, and tried again later.

@@ -22,6 +22,7 @@ pub mod log;
 mod notify;
 mod rings;
 mod serial;
+mod surroundings;
 
 use crate::config::Configuration;
 use crate::serve::Pool;

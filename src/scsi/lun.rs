@@ -16,6 +16,7 @@ use crate::scsi::operation::Operation;
 use crate::scsi::ports::TargetPorts;
 use crate::scsi::range_lock::RangeLock;
 use crate::scsi::sense::{Fault, Sense, Triple};
+use crate::scsi::vpd;
 use formats::{BlockDevice, Limits};
 use parking_lot::RwLock;
 use std::ops::Range;
@@ -316,6 +317,11 @@ impl Lun {
         let old = std::mem::replace(&mut *backing, new);
         self.state.attention.raise(Triple::INQUIRY_CHANGED);
         Ok(old.device)
+    }
+
+    /// The NAA designator that it has in VPD page 83h; none while it has no serial number.
+    pub fn naa(&self) -> Option<[u8; 16]> {
+        vpd::naa_of(&self.state)
     }
 
     /// The image.

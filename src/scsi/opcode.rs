@@ -228,7 +228,6 @@ pub const TABLE: &[Entry] = &[
         name: "INQUIRY",
         direction: Direction::In,
         access: Access::Always,
-        blocking: Blocking::Never,
         usage: &[0x12, 0x01, FF, FF, FF, 0],
         run: inquiry::inquiry,
         ..ROW
@@ -740,7 +739,6 @@ pub const TABLE: &[Entry] = &[
         name: "REPORT SUPPORTED OPERATION CODES",
         direction: Direction::In,
         access: Access::Parameters,
-        blocking: Blocking::Never,
         usage: &[0xA3, 0, 0x87, FF, FF, FF, FF, FF, FF, FF, 0, 0],
         run: report_opcodes::report,
         ..ROW

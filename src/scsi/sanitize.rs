@@ -12,7 +12,7 @@ use formats::ZeroMode;
 use std::io::IoSlice;
 use std::sync::Arc;
 
-/// Bytes written or erased between two reports of progress.
+/// Bytes written between two reports of progress, and erased unless the image's units are larger.
 const STEP: u64 = 4 << 20;
 
 /// What is done to every byte of the medium, pass by pass.
@@ -137,7 +137,9 @@ fn run(command: &Command<'_>, work: &Work) -> Result<(), Fault> {
     let _exclusive = command.lun.ranges.exclusive(0..size);
     match work {
         Work::Erase => {
-            each_step(command, size, 0, 1, |at, len| {
+            // Less than a unit would not be given back.
+            let step = STEP.next_multiple_of(command.limits.granularity.max(1));
+            each_step(command, size, step, 0, 1, |at, len| {
                 if command.can_unmap() {
                     command.device.discard(at, len)?;
                 }
@@ -148,7 +150,7 @@ fn run(command: &Command<'_>, work: &Work) -> Result<(), Fault> {
             for (pass, pattern) in patterns.iter().enumerate() {
                 let repeats = usize::try_from(STEP).unwrap_or(0) / pattern.len().max(1);
                 let bytes = pattern.repeat(repeats.max(1));
-                each_step(command, size, pass as u64, patterns.len() as u64, |at, len| {
+                each_step(command, size, STEP, pass as u64, patterns.len() as u64, |at, len| {
                     let len = usize::try_from(len).map_or(bytes.len(), |len| len.min(bytes.len()));
                     command.device.write(&[IoSlice::new(&bytes[..len])], at)
                 })?;
@@ -160,17 +162,18 @@ fn run(command: &Command<'_>, work: &Work) -> Result<(), Fault> {
     command.flush()
 }
 
-/// Calls `step` with one piece of the medium after the other; this is pass `pass` of `passes`.
+/// Calls `step` with one piece of the medium, `step_len` bytes long, after the other; this is pass `pass` of `passes`.
 fn each_step(
     command: &Command<'_>,
     size: u64,
+    step_len: u64,
     pass: u64,
     passes: u64,
     mut step: impl FnMut(u64, u64) -> formats::Result<()>,
 ) -> Result<(), Fault> {
     let mut at = 0;
     while at < size {
-        let len = STEP.min(size - at);
+        let len = step_len.min(size - at);
         step(at, len).map_err(|e| command.write_error(&e))?;
         at += len;
         let done = pass.saturating_mul(size).saturating_add(at);

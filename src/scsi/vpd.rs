@@ -152,6 +152,7 @@ fn block_limits(command: &Command<'_>) -> Vec<u8> {
     if command.has_atomic_blocks() {
         put(44, MAX_ATOMIC_BLOCKS);
     }
+    page[0] = 0x01; // WSNZ: a WRITE SAME without a count is refused
     page[1] = 0xFF; // COMPARE AND WRITE of up to 255 blocks
     let granularity = 1u16 << command.physical_exponent();
     page[2..4].copy_from_slice(&granularity.to_be_bytes());

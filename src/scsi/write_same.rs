@@ -34,10 +34,10 @@ pub fn write_same_16(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '
 /// Zeros with UNMAP may give their space back; zeros without it are zeroed in place; anything else is written out, also
 /// with UNMAP, since unmapped blocks could not read back as it (SBC-3 4.7.3.4.4).
 fn write_same(command: &Command<'_>, extent: &Extent, unmap: bool, no_data: bool, data: &Data<'_, '_>) -> Result<Reply, Fault> {
-    let mut range = command.range(extent.lba, u64::from(extent.blocks))?;
+    let range = command.range(extent.lba, u64::from(extent.blocks))?;
+    // WSNZ in VPD B0: no count means no range, not the rest of the medium.
     if extent.blocks == 0 {
-        // To the end of the medium (WSNZ is 0).
-        range.end = command.lun.blocks() * command.block_size();
+        return Err(Fault::cdb(extent.blocks_field, None));
     }
     if range.end - range.start > MAX_LEN {
         return Err(Fault::cdb(extent.blocks_field, None));

@@ -77,7 +77,7 @@ fn limits_follow_the_image() {
     let disk = Disk::with(Memory::with_limits(limits), config);
     let b0 = vpd(&disk, 0xB0);
     assert_eq!(b0.len(), 64);
-    assert_eq!(b0[4..8], [0, 255, 0, 8]);
+    assert_eq!(b0[4..8], [1, 255, 0, 8]);
     assert_eq!((be32(&b0, 8), be32(&b0, 12)), (128, 64));
     assert!(be32(&b0, 20) > 0 && be32(&b0, 24) > 0);
     assert_eq!((be32(&b0, 28), be32(&b0, 32)), (128, 0x8000_0000));

@@ -126,11 +126,10 @@ fn write_same_in_all_flag_combinations() {
     for len in [0, 256, 511, 513, 1024] {
         assert_eq!(disk.triple(&cdb10(0x41, 0x08, 0, 1), &vec![0; len]), (5, 0x0E, 3));
     }
-    // No range is all of the rest.
-    disk.write(&cdb10(0x41, 0, 2040, 0), &block);
-    assert_eq!(all(2040, 8), block.repeat(8));
-    disk.write(&cdb16(0x93, 0x08, 2040, 0), &[0; 512]);
-    assert_eq!(status(&disk, 2040, 24), [(2040, 8, 1)]);
+    // WSNZ.
+    assert_eq!(disk.read(&[0x12, 1, 0xB0, 0, 64, 0], 64)[4] & 1, 1);
+    assert_eq!(disk.cdb_fault(&cdb10(0x41, 0, 2040, 0), &block), (7, None));
+    assert_eq!(disk.cdb_fault(&cdb16(0x93, 0x08, 2040, 0), &[0; 512]), (10, None));
     for (flags, bit) in [(0x10, 4), (0x18, 4), (0x04, 2), (0x02, 1), (0x20, 5)] {
         assert_eq!(disk.cdb_fault(&cdb16(0x93, flags, 0, 1), &block), (1, Some(bit)));
     }

@@ -225,6 +225,10 @@ fn another_image_another_size_another_cache() {
     assert_eq!(bed.ask(&name, 0, Action::SetConfig("qcow//x".into())), Errno::EINVAL as i32);
     assert_eq!(bed.run(0, read_10(0, 1)).data, vec![0x55; 512]);
     assert_eq!(bed.ask(&name, 0, Action::SetWriteCache(false)), 0);
+    // Nobody takes space away from a disk in use, or gives it half a block.
+    for size in [0, 2 * MIB, 6 * MIB + 1] {
+        assert_eq!(bed.ask(&name, 0, Action::SetSize(size)), Errno::EINVAL as i32);
+    }
     // A raw image is as large as its file, which can grow.
     assert_eq!(bed.ask(&name, 0, Action::SetSize(6 * MIB)), 0);
     assert_eq!(bed.run(0, read_10(0, 1)).status, 2);

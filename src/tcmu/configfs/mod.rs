@@ -4,9 +4,11 @@
 
 mod backstore;
 mod loopback;
+mod port_groups;
 
 pub use backstore::{Backstore, Parameters, ResetStatus};
 pub use loopback::{Loopback, LoopbackLun};
+pub use port_groups::PortGroup;
 
 use super::{Error, Result};
 use std::fs::{self, OpenOptions};
