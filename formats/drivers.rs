@@ -53,6 +53,8 @@ pub struct Request<'a> {
     pub path: &'a Path,
     /// Whether it will be written to; the file is open accordingly.
     pub writable: bool,
+    /// It is opened to be mended: one that is marked as damaged is opened all the same, and refuses changes until it is mended.
+    pub repair: bool,
     /// The mirror for pending metadata of `store` (index 0 of the format's stores).
     pub redo: Box<dyn RedoLog>,
     /// Opens a further file that the image names (extent, data file), through the gate: name, writable.

@@ -224,9 +224,9 @@ fn read_only(name: &str) -> Error {
 /// What `check` found. Counts as in `qemu-img check`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CheckReport {
-    /// Contradictions that can lose data.
+    /// Contradictions that can lose data; those that were mended are among them.
     pub corruptions: u64,
-    /// Space that nothing refers to.
+    /// Space that nothing refers to; what was mended is among it.
     pub leaks: u64,
     /// Corruptions that were mended.
     pub corruptions_fixed: u64,

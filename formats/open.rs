@@ -22,6 +22,8 @@ pub struct OpenOptions {
     pub format: Option<String>,
     /// Open read-only.
     pub read_only: bool,
+    /// It is opened to be mended: an image that is marked as damaged can be opened for writing, which fails until a check with repair has succeeded.
+    pub repair: bool,
     /// Do not pass discards to the format.
     pub ignore_discard: bool,
     /// Another parent than the one that the image names (moved, or named by an absolute path of another machine).
@@ -126,6 +128,7 @@ fn open_file(
         store,
         path,
         writable,
+        repair: options.repair && top,
         redo,
         open_file: &mut open_extent,
         snapshot_name: if top { options.snapshot_name.as_deref() } else { None },

@@ -82,6 +82,7 @@ impl Environment {
             Purpose::Read | Purpose::Inspect => true,
             Purpose::Repair => false,
         };
+        options.repair = purpose == Purpose::Repair;
         options.ignore_discard = spec.discard == Discard::Ignore;
         options.parent.clone_from(&spec.parent);
         options.snapshot_name.clone_from(&spec.snapshot_name);

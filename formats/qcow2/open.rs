@@ -16,7 +16,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Memory for L2 tables in bytes, as in QEMU: at 64 KiB clusters the tables of 256 GiB.
 const L2_CACHE: usize = 32 << 20;
@@ -33,7 +33,7 @@ pub fn open(request: Request<'_>) -> Result<Opened> {
     let writeback = Arc::new(WriteBack::new(stores.clone(), request.redo));
     let geometry = header.geometry;
     let file_len = stores[0].len().map_err(|e| Error::io("cannot find out the length of the file", e))?;
-    let writable = request.writable && request.snapshot_name.is_none();
+    let (writable, repair) = (request.writable && request.snapshot_name.is_none(), request.repair);
     let (snapshots, snapshots_len) = snapshots::read(&writeback, &header)?;
     let (l1_at, l1_entries, size) = match request.snapshot_name {
         None => (header.l1_at, header.l1_entries, header.size),
@@ -64,7 +64,7 @@ pub fn open(request: Request<'_>) -> Result<Opened> {
         writeback: writeback.clone(),
     };
     if let Some(refcounts) = &format.refcounts {
-        make_writable(&format, refcounts)?;
+        make_writable(&format, refcounts, repair)?;
     }
     Ok(Opened { format: Arc::new(format), writeback, parent })
 }
@@ -76,23 +76,30 @@ fn open_refcounts(writeback: &Arc<WriteBack>, header: &Header, file_len: u64) ->
     Refcounts::read(writeback.clone(), header.geometry, header.reftable_at, header.reftable_clusters, file_len)
 }
 
-/// What must be in order before an image is changed. One that was not closed cleanly gets its refcounts mended, as QEMU does.
-fn make_writable(image: &Qcow2, refcounts: &Refcounts) -> Result<()> {
+/// What must be in order before an image is changed. One that was not closed cleanly gets its refcounts mended, as QEMU does; with `repair` that is left
+/// to the caller, who will ask for it.
+fn make_writable(image: &Qcow2, refcounts: &Refcounts, repair: bool) -> Result<()> {
     let features = image.header.incompatible;
-    if features & incompatible::CORRUPT != 0 {
+    if features & incompatible::CORRUPT != 0 && !repair {
         return Err(Error::corrupt(
-            "the image is marked as damaged, so it can only be opened read-only; a check with repair may mend it (qemu-img check -r all)",
+            "the image is marked as damaged, so it can only be opened read-only; a check with repair may mend it (img-tcmu check --repair)",
         ));
     }
-    register_metadata(image, refcounts)?;
+    let registered = register_metadata(image, refcounts);
+    if repair {
+        let damaged = registered.is_err() || features & (incompatible::CORRUPT | incompatible::DIRTY) != 0;
+        image.damaged.store(damaged, Ordering::Release);
+        return Ok(());
+    }
+    registered?;
     if features & incompatible::DIRTY != 0 {
         tracing::warn!("the image was not closed cleanly: its refcounts are checked and mended");
         let report = image.check_image(true)?;
-        if report.corruptions > 0 {
-            let first = report.notes.last().map_or("", String::as_str);
+        let left = report.corruptions.saturating_sub(report.corruptions_fixed);
+        if left > 0 {
+            let last = report.notes.last().map_or("", String::as_str);
             return Err(Error::corrupt(format!(
-                "the image was not closed cleanly and cannot be mended: {} corruptions, the last: {first}",
-                report.corruptions
+                "the image was not closed cleanly and cannot be mended: {left} corruptions, the last: {last} (img-tcmu check --repair may mend more)"
             )));
         }
         tracing::info!(corruptions = report.corruptions_fixed, leaks = report.leaks_fixed, "the image was mended");

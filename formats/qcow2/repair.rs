@@ -1,10 +1,10 @@
 //! Mending: refcounts that differ from the references, COPIED flags, and whole refcount structures.
 //!
-//! Single refcounts are set where they are. Where the structures themselves are damaged, or clusters in use count as free, a new table with new blocks is
+//! Entries that lead beyond the end of the file come first: nothing can be found there any more. Single refcounts are set where they are. Where the structures themselves are damaged, or clusters in use count as free, a new table with new blocks is
 //! written behind everything else, and the header names it when it is durable: a cut leaves the old or the new structure.
 
 use super::check::{Findings, Wrong};
-use super::entry::MAX_REFTABLE_BYTES;
+use super::entry::{COMPRESSED, COPIED, Entry, MAX_REFTABLE_BYTES, ZERO};
 use super::header::{field, incompatible};
 use super::refcount::{self, Refcounts};
 use super::{Qcow2, open};
@@ -41,9 +41,11 @@ impl Qcow2 {
     }
 
     fn repair_image(&self, refcounts: &Refcounts) -> Result<CheckReport> {
+        let mut notes = Vec::new();
+        let mut corruptions_fixed = self.mend_entries(&mut notes)?;
+        let mut leaks_fixed = 0;
         let before = self.examine(refcounts)?;
-        let mut notes = before.report.notes.clone();
-        let (mut corruptions_fixed, mut leaks_fixed) = (0, 0);
+        notes.extend_from_slice(&before.report.notes);
         let max = self.geometry.max_refcount();
         if let Some(wrong) = before.wrong.iter().find(|w| w.counted > max) {
             notes.push(format!("cluster {} has more references than a refcount of this width can count", wrong.cluster));
@@ -51,7 +53,7 @@ impl Qcow2 {
             let structures = before.report.corruptions - before.wrong.iter().filter(|w| w.stored < w.counted).count() as u64;
             self.rebuild(refcounts, &before)?;
             let after = self.examine(refcounts)?;
-            corruptions_fixed = before.report.corruptions.saturating_sub(after.report.corruptions);
+            corruptions_fixed += before.report.corruptions.saturating_sub(after.report.corruptions);
             leaks_fixed = before.report.leaks.saturating_sub(after.report.leaks);
             notes.push(format!("the refcounts were built anew ({structures} findings other than refcounts before)"));
         } else {
@@ -73,7 +75,6 @@ impl Qcow2 {
         })?;
         open::register_metadata(self, refcounts)?;
         let mut report = self.examine(refcounts)?.report;
-        (report.corruptions_fixed, report.leaks_fixed) = (corruptions_fixed, leaks_fixed);
         notes.append(&mut report.notes);
         notes.truncate(CheckReport::MAX_NOTES);
         report.notes = notes;
@@ -82,7 +83,50 @@ impl Qcow2 {
             self.set_incompatible(0, incompatible::DIRTY | incompatible::CORRUPT)?;
             self.damaged.store(false, Ordering::Release);
         }
+        (report.corruptions_fixed, report.leaks_fixed) = (corruptions_fixed, leaks_fixed);
+        report.corruptions += corruptions_fixed;
+        report.leaks += leaks_fixed;
         Ok(report)
+    }
+
+    /// Mends entries of the active L2 tables without which no refcount can become right: those whose data are beyond the end of the file, and so lost, read as
+    /// zeros from now on, and compressed clusters lose the COPIED flag, which means nothing there. Returns how many there were.
+    fn mend_entries(&self, notes: &mut Vec<String>) -> Result<u64> {
+        let g = self.geometry;
+        let file_len = self.file_len()?;
+        let zeros = if g.version >= 3 { ZERO } else { 0 };
+        let (mut mended, mut raws) = (0, Vec::new());
+        for index in self.l1.used() {
+            let table_at = self.l1.slot(index).map_or(0, super::l1::Slot::table_at);
+            if !g.aligned(table_at) || table_at >= file_len {
+                continue;
+            }
+            raws.clear();
+            self.each_entry(table_at, g.cluster_size(), |_, raw| raws.push(raw))?;
+            for (number, raw) in (0..).zip(&raws) {
+                let end = match g.l2_entry(*raw) {
+                    Ok(Entry::Compressed { host, len }) => host + len,
+                    Ok(Entry::Data { host, .. } | Entry::Zero { host: Some(host), .. }) => host + g.cluster_size(),
+                    _ => continue,
+                };
+                let guest = (index << g.table_bits()) + (number << g.cluster_bits);
+                let right = if end > file_len && end - file_len >= g.cluster_size() {
+                    notes.push(format!(
+                        "the data of guest offset {guest:#x} are beyond the end of the file and lost: it reads as zeros now"
+                    ));
+                    zeros
+                } else if raw & COMPRESSED != 0 && raw & COPIED != 0 {
+                    notes.push(format!("the compressed cluster of guest offset {guest:#x} had the COPIED flag"));
+                    raw & !COPIED
+                } else {
+                    continue;
+                };
+                self.writeback.publish(0, table_at + number * 8, &right.to_be_bytes())?;
+                notes.truncate(CheckReport::MAX_NOTES);
+                mended += 1;
+            }
+        }
+        Ok(mended)
     }
 
     /// Sets one refcount to what was counted. `false`: it was left alone.
