@@ -5,15 +5,15 @@
 mod table;
 
 use formats::redo::{self, replay};
-use formats::store::recording::redo_at;
-use formats::store::{MemoryStore, Store};
+use formats::store::Store;
 use formats::{BlockDevice, Image};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::path::Path;
 use std::sync::Arc;
-use table::cut::{self, Run};
+use table::cut::{self, Cutter, Run};
 use table::operations::Operation;
+use table::pages::{PageStore, Pages};
 use table::{Kind, for_each_writable_kind, kind_tests, long, open, qemu, scratch, seed};
 
 /// Requests in a run.
@@ -32,11 +32,9 @@ struct Verdict<'a> {
 }
 
 impl Verdict<'_> {
-    fn open(&self, bytes: Vec<u8>) -> Result<(Arc<Image>, Arc<MemoryStore>), String> {
-        let store = Arc::new(MemoryStore::new(bytes));
-        let image = open::over(self.kind, self.path, store.clone(), true, Box::new(redo::None))
-            .map_err(|e| format!("the image cannot be opened: {}", e.chain()))?;
-        Ok((image, store))
+    fn open(&self, file: Pages) -> Result<Arc<Image>, String> {
+        open::over(self.kind, self.path, Arc::new(PageStore::new(file)), true, Box::new(redo::None))
+            .map_err(|e| format!("the image cannot be opened: {}", e.chain()))
     }
 
     fn check(&self, image: &Image) -> Result<(), String> {
@@ -50,19 +48,19 @@ impl Verdict<'_> {
     }
 
     /// QEMU's opinion of these bytes of a file.
-    fn qemu(&self, bytes: &[u8]) -> Result<(), String> {
+    fn qemu(&self, bytes: &Pages) -> Result<(), String> {
         if !self.kind.qemu_check {
             return Ok(());
         }
         let file = tempfile::NamedTempFile::new_in(self.path.parent().unwrap()).unwrap();
-        std::fs::write(file.path(), bytes).unwrap();
+        std::fs::write(file.path(), bytes.to_vec()).unwrap();
         qemu::check(self.kind, file.path())
     }
 
     /// A power cut at `position`.
-    fn power_cut(&self, run: &Run, position: usize, seed: u64, thorough: bool) -> Result<(), String> {
-        let bytes = cut::after_power_cut(run, position, seed);
-        let (image, store) = self.open(bytes.clone())?;
+    fn power_cut(&self, run: &Run, cutter: &mut Cutter<'_>, position: usize, seed: u64, thorough: bool) -> Result<(), String> {
+        let bytes = cutter.after_power_cut(position, seed);
+        let image = self.open(bytes.clone())?;
         let now = cut::content(self.kind, &image)?;
         run.history.allowed_after_cut(&now, position)?;
         self.check(&image)?;
@@ -75,24 +73,26 @@ impl Verdict<'_> {
             let more = cut::operations(&mut rng, &mix, 30);
             let next = cut::record(self.kind, self.path, bytes, now, &more).map_err(|e| format!("after the cut: {e}"))?;
             let end = next.entries.len();
-            for position in [end, rng.random_range(0..=end), rng.random_range(0..=end)] {
-                let bytes = cut::after_power_cut(&next, position, rng.random());
-                let (image, _) = self.open(bytes.clone()).map_err(|e| format!("after the second cut: {e}"))?;
+            let mut cutter = Cutter::new(&next);
+            let mut positions = [end, rng.random_range(0..=end), rng.random_range(0..=end)];
+            positions.sort_unstable();
+            for position in positions {
+                let bytes = cutter.after_power_cut(position, rng.random());
+                let image = self.open(bytes).map_err(|e| format!("after the second cut: {e}"))?;
                 next.history
                     .allowed_after_cut(&cut::content(self.kind, &image)?, position)
                     .and_then(|()| self.check(&image))
                     .map_err(|e| format!("after the second cut: {e}"))?;
             }
-            drop(store);
         }
         Ok(())
     }
 
     /// The death of the process at `position`.
-    fn death(&self, run: &Run, position: usize, seed: u64) -> Result<(), String> {
-        let bytes = cut::after_death(run, position, seed);
-        let store: Arc<dyn Store> = Arc::new(MemoryStore::new(bytes));
-        replay(&redo_at(&run.entries, position), std::slice::from_ref(&store)).map_err(|e| format!("replay: {}", e.chain()))?;
+    fn death(&self, run: &Run, cutter: &mut Cutter<'_>, position: usize, seed: u64) -> Result<(), String> {
+        let (bytes, records) = cutter.after_death(position, seed);
+        let store: Arc<dyn Store> = Arc::new(PageStore::new(bytes));
+        replay(&records, std::slice::from_ref(&store)).map_err(|e| format!("replay: {}", e.chain()))?;
         let image = open::over(self.kind, self.path, store, true, Box::new(redo::None))
             .map_err(|e| format!("the image cannot be opened: {}", e.chain()))?;
         run.history.allowed_after_death(&cut::content(self.kind, &image)?, position)?;
@@ -104,7 +104,7 @@ impl Verdict<'_> {
 fn over_runs(kind: &Kind, runs: u64, test: impl Fn(&Verdict<'_>, &Run, u64) -> Result<(), String>) {
     let dir = scratch();
     let made = kind.make(dir.path());
-    let base = open::bytes(&made);
+    let base = Pages::from(open::bytes(&made).as_slice());
     let unit = open::file(kind, &made.file, true).limits().granularity;
     let verdict = Verdict { kind, path: &made.file };
     for run_seed in seed()..seed() + runs {
@@ -124,11 +124,11 @@ fn over_runs(kind: &Kind, runs: u64, test: impl Fn(&Verdict<'_>, &Run, u64) -> R
 
 fn power_cuts(kind: &Kind) {
     over_runs(kind, runs(), |verdict, run, seed| {
-        let mut rng = StdRng::seed_from_u64(seed);
+        let (mut rng, mut cutter) = (StdRng::seed_from_u64(seed), Cutter::new(run));
         for (index, position) in cut::positions(run, CUTS, &mut rng).into_iter().enumerate() {
             let cut_seed = rng.random();
             verdict
-                .power_cut(run, position, cut_seed, index % 50 == 0)
+                .power_cut(run, &mut cutter, position, cut_seed, index % 50 == 0)
                 .map_err(|e| format!("power cut at {position} of {}, {cut_seed}: {e}", run.entries.len()))?;
         }
         Ok(())
@@ -137,10 +137,12 @@ fn power_cuts(kind: &Kind) {
 
 fn deaths(kind: &Kind) {
     over_runs(kind, runs(), |verdict, run, seed| {
-        let mut rng = StdRng::seed_from_u64(seed);
+        let (mut rng, mut cutter) = (StdRng::seed_from_u64(seed), Cutter::new(run));
         for position in cut::positions(run, CUTS, &mut rng) {
             let cut_seed = rng.random();
-            verdict.death(run, position, cut_seed).map_err(|e| format!("death at {position} of {}, {cut_seed}: {e}", run.entries.len()))?;
+            verdict
+                .death(run, &mut cutter, position, cut_seed)
+                .map_err(|e| format!("death at {position} of {}, {cut_seed}: {e}", run.entries.len()))?;
         }
         Ok(())
     });
@@ -150,15 +152,17 @@ fn deaths(kind: &Kind) {
 fn cuts_in_a_crowd(kind: &Kind) {
     let dir = scratch();
     let made = kind.make(dir.path());
-    let base = open::bytes(&made);
+    let base = Pages::from(open::bytes(&made).as_slice());
     let verdict = Verdict { kind, path: &made.file };
     for run_seed in seed()..seed() + runs() {
         let run = cut::record_crowd(kind, &made.file, base.clone(), made.content.clone(), 3, run_seed, OPERATIONS / 3)
             .unwrap_or_else(|e| panic!("{}, seed {run_seed}: {e}", kind.name));
-        let mut rng = StdRng::seed_from_u64(run_seed);
+        let (mut rng, mut cutter) = (StdRng::seed_from_u64(run_seed), Cutter::new(&run));
         for position in cut::positions(&run, CUTS, &mut rng) {
             let cut_seed = rng.random();
-            let result = verdict.power_cut(&run, position, cut_seed, false).and_then(|()| verdict.death(&run, position, cut_seed));
+            let result = verdict
+                .power_cut(&run, &mut cutter, position, cut_seed, false)
+                .and_then(|()| verdict.death(&run, &mut cutter, position, cut_seed));
             result.unwrap_or_else(|e| panic!("{}, seed {run_seed}, cut at {position}, {cut_seed}: {e}", kind.name));
         }
     }

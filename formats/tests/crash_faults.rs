@@ -11,9 +11,10 @@ use formats::{BlockDevice, Kind as ErrorKind};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::sync::Arc;
-use table::cut::{self, Run};
+use table::cut::{self, Cutter, Run};
 use table::guest::{Change, History, SECTOR, ZEROED, patterns, writer_of};
 use table::operations::{Operation, random, range};
+use table::pages::{PageStore, Pages};
 use table::{Kind, for_each_writable_kind, kind_tests, long, open, qemu, scratch, seed};
 
 /// What may be in a sector: more than one thing after a request that failed.
@@ -163,11 +164,13 @@ fn failed_syncs(kind: &Kind) {
         assert!(refused, "{}: nothing was synced", kind.name);
         image.close().unwrap_err();
         drop(image);
-        let run = Run { entries: journal.entries(), history, base: base.clone() };
-        for _ in 0..10 {
-            let position = rng.random_range(0..=run.entries.len());
-            let bytes = cut::after_power_cut(&run, position, rng.random());
-            let image = open::over(kind, &made.file, Arc::new(MemoryStore::new(bytes)), true, Box::new(redo::None)).unwrap();
+        let run = Run { entries: journal.entries(), history, base: Pages::from(base.as_slice()) };
+        let mut cutter = Cutter::new(&run);
+        let mut positions: Vec<usize> = (0..10).map(|_| rng.random_range(0..=run.entries.len())).collect();
+        positions.sort_unstable();
+        for position in positions {
+            let file = Arc::new(PageStore::new(cutter.after_power_cut(position, rng.random())));
+            let image = open::over(kind, &made.file, file, true, Box::new(redo::None)).unwrap();
             let now = open::read_all(&*image).unwrap();
             run.history.allowed_after_cut(&now, position).unwrap_or_else(|e| panic!("{}, seed {run_seed}: {e}", kind.name));
             if kind.check {

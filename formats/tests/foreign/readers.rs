@@ -40,7 +40,7 @@ const DISSECT: &str = "
 import sys
 from pathlib import Path
 raw, name = sys.argv[1], sys.argv[2]
-if name.endswith('x'):
+if open(name, 'rb').read(8) == b'vhdxfile':
     from dissect.hypervisor.disk.vhdx import VHDX
     image = VHDX(Path(name))
 else:

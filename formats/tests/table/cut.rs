@@ -2,12 +2,16 @@
 
 use super::guest::{Change, History, SECTOR, ZEROED, patterns};
 use super::operations::{Mix, Operation, random, range};
+use super::pages::Pages;
 use super::{Kind, guest, open};
-use formats::store::recording::{Action, Entry, Fate, Journal, RecordingStore, apply, changes_at};
+use formats::redo::Record;
+use formats::store::recording::{Action, Entry, Journal, RecordingStore};
 use formats::{BlockDevice, Image};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,7 +23,7 @@ pub struct Run {
     pub entries: Vec<Entry>,
     pub history: History,
     /// The file before the run.
-    pub base: Vec<u8>,
+    pub base: Pages,
 }
 
 /// What the requests of kind's run look like.
@@ -33,9 +37,9 @@ pub fn operations(rng: &mut StdRng, mix: &Mix, count: usize) -> Vec<Operation> {
 }
 
 /// Runs the requests one after another on an image that lies in `base` and holds `content`.
-pub fn record(kind: &Kind, path: &Path, base: Vec<u8>, content: Vec<u8>, operations: &[Operation]) -> Result<Run, String> {
+pub fn record(kind: &Kind, path: &Path, base: Pages, content: Vec<u8>, operations: &[Operation]) -> Result<Run, String> {
     let journal = Journal::new();
-    let store = Arc::new(RecordingStore::new(base.clone(), journal.clone(), FILE, path));
+    let store = Arc::new(RecordingStore::new(base.to_vec(), journal.clone(), FILE, path));
     let history = Mutex::new(History::new(content));
     let reopen =
         || open::over(kind, path, store.clone(), true, Box::new(journal.clone())).map_err(|e| format!("cannot open: {}", e.chain()));
@@ -95,17 +99,9 @@ fn perform(image: &Image, journal: &Journal, history: &Mutex<History>, operation
 }
 
 /// Like [`record`], but so many threads at once, each on sectors of its own that share units with the others'.
-pub fn record_crowd(
-    kind: &Kind,
-    path: &Path,
-    base: Vec<u8>,
-    content: Vec<u8>,
-    threads: u64,
-    seed: u64,
-    each: usize,
-) -> Result<Run, String> {
+pub fn record_crowd(kind: &Kind, path: &Path, base: Pages, content: Vec<u8>, threads: u64, seed: u64, each: usize) -> Result<Run, String> {
     let journal = Journal::new();
-    let store = Arc::new(RecordingStore::new(base.clone(), journal.clone(), FILE, path));
+    let store = Arc::new(RecordingStore::new(base.to_vec(), journal.clone(), FILE, path));
     let history = Mutex::new(History::new(content));
     let image = open::over(kind, path, store, true, Box::new(journal.clone())).map_err(|e| format!("cannot open: {}", e.chain()))?;
     let mix = mix(kind, image.limits().granularity);
@@ -133,7 +129,8 @@ pub fn record_crowd(
     Ok(Run { entries: journal.entries(), history: history.into_inner(), base })
 }
 
-/// Bends a request to a thread's own sectors: strips of the first half of the device, whole units of the second.
+/// Bends a request to a thread's own sectors, of which no other thread has any: strips of the first half of the device (of all of it if that is less than two
+/// units), whole units of the second.
 fn own(operation: Operation, thread: u64, threads: u64, mix: &Mix) -> Operation {
     let (sector, count) = match operation {
         Operation::Write { sector, count } | Operation::Zero { sector, count, .. } | Operation::Discard { sector, count } => {
@@ -142,109 +139,161 @@ fn own(operation: Operation, thread: u64, threads: u64, mix: &Mix) -> Operation 
         other => return other,
     };
     let half = mix.sectors / 2 / mix.unit * mix.unit;
-    let (strip, base) = if sector < half { ((mix.unit / threads).clamp(1, 24), 0) } else { (mix.unit, half) };
+    let narrow = ((mix.unit / threads).clamp(1, 24), 0, if half == 0 { mix.sectors } else { half });
+    let (strip, base, limit) = if sector < narrow.2 { narrow } else { (mix.unit, half, mix.sectors) };
     let round = strip * threads;
     let start = base + (sector - base) / round * round + thread * strip;
-    let (start, end) = (start, (start + strip).min(mix.sectors));
-    if start >= end || (base == 0 && end > half) {
+    let end = (start + strip).min(limit);
+    if start >= end {
         return Operation::Flush;
     }
-    let sector = start + sector % (end - start);
-    let count = count.min(end - sector);
+    let first = start + sector % (end - start);
+    let count = count.min(end - first);
     match operation {
-        Operation::Write { .. } => Operation::Write { sector, count },
-        Operation::Zero { mode, .. } => Operation::Zero { sector, count, mode },
-        _ if base == half => Operation::Discard { sector: start, count: end - start },
-        _ => Operation::Discard { sector, count },
+        Operation::Write { .. } => Operation::Write { sector: first, count },
+        Operation::Zero { mode, .. } => Operation::Zero { sector: first, count, mode },
+        _ if base > 0 => Operation::Discard { sector: start, count: end - start },
+        _ => Operation::Discard { sector: first, count },
     }
 }
 
-/// The file after a power cut at `position`; `seed` decides which of the changes that were not safe have reached the disk.
-///
-/// Every sector of the file holds what a prefix of the writes to it left there: disks write whole sectors, in any order and any number of them.
-pub fn after_power_cut(run: &Run, position: usize, seed: u64) -> Vec<u8> {
-    let mut rng = StdRng::seed_from_u64(seed);
-    let mut bytes = run.base.clone();
-    let changes = changes_at(&run.entries, FILE, position);
-    let (safe, open): (Vec<_>, Vec<_>) = changes.into_iter().partition(|c| c.2 == Fate::Durable);
-    safe.iter().for_each(|c| apply(c.1, &mut bytes));
-    // How many whole changes get through, and how many in part.
-    let (whole, torn) =
-        [(0.0, 0.0), (1.0, 0.0), (0.1, 0.0), (0.5, 0.0), (0.9, 0.0), (0.3, 0.4), (0.7, 0.3), (0.0, 1.0)][rng.random_range(0..8)];
-    // Per sector of the file the number of the last change that got there, from 1 on.
-    let mut last_kept: Vec<u32> = Vec::new();
-    let mut kept_lengths = vec![false; open.len()];
-    let mut longest = bytes.len() as u64;
-    for (index, (_, action, _)) in open.iter().enumerate() {
-        let choice: f64 = rng.random();
-        let keep = choice < whole;
-        let part = !keep && choice < whole + torn;
-        let (at, len) = extent(action);
-        match action {
-            Action::SetLen(new) => {
-                kept_lengths[index] = keep;
-                longest = longest.max(*new);
-            }
-            _ => {
-                let (first, end) = (at / 512, (at + len).div_ceil(512));
-                if last_kept.len() < end as usize {
-                    last_kept.resize(end as usize, 0);
+/// Walks along a recorded run and tells what the file may hold at each position. Positions must not go back.
+pub struct Cutter<'a> {
+    entries: &'a [Entry],
+    position: usize,
+    /// What every cut leaves: all changes that a sync covers.
+    safe: Pages,
+    /// The other changes, in the order in which they began, and whether each has ended and where.
+    open: Vec<(usize, &'a Action, Option<usize>)>,
+    /// Up to where the last sync covers what has ended.
+    synced: usize,
+    /// What the redo log holds.
+    redo: Vec<&'a Record>,
+}
+
+impl<'a> Cutter<'a> {
+    /// At the start of a run.
+    pub fn new(run: &'a Run) -> Self {
+        Self { entries: &run.entries, position: 0, safe: run.base.clone(), open: Vec::new(), synced: 0, redo: Vec::new() }
+    }
+
+    /// Goes on to `position`.
+    fn advance(&mut self, position: usize) {
+        assert!(position >= self.position, "a cutter does not go back");
+        for (index, entry) in self.entries.iter().enumerate().take(position).skip(self.position) {
+            match entry {
+                Entry::Began { file: FILE, action: action @ (Action::Write { .. } | Action::SetLen(_) | Action::Zero { .. }) } => {
+                    self.open.push((index, action, None));
                 }
-                for kept in &mut last_kept[first as usize..end as usize] {
-                    if keep || (part && rng.random()) {
-                        *kept = index as u32 + 1;
+                Entry::Began { action: Action::Redo(record), .. } => self.redo.push(record),
+                Entry::Began { action: Action::RedoDurable(group), .. } => self.redo.retain(|r| r.group > *group),
+                Entry::Began { .. } => {}
+                Entry::Ended(began) => match &self.entries[*began] {
+                    Entry::Began { file: FILE, action: Action::Sync } if *began > self.synced => {
+                        self.synced = *began;
+                        let (safe, synced) = (&mut self.safe, self.synced);
+                        self.open.retain(|(_, action, end)| {
+                            let covered = end.is_some_and(|end| end < synced);
+                            if covered {
+                                safe.apply(action);
+                            }
+                            !covered
+                        });
+                    }
+                    _ => {
+                        if let Ok(found) = self.open.binary_search_by_key(began, |o| o.0) {
+                            self.open[found].2 = Some(index);
+                        }
+                    }
+                },
+            }
+        }
+        self.position = position;
+    }
+
+    /// The file after a power cut at `position`; `seed` decides which of the changes that were not safe have reached the disk.
+    ///
+    /// Every sector of the file holds what a prefix of the writes to it left there: disks write whole sectors, in any order and any number of them.
+    pub fn after_power_cut(&mut self, position: usize, seed: u64) -> Pages {
+        self.advance(position);
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut file = self.safe.clone();
+        // How many whole changes get through, and how many in part.
+        let (whole, torn) =
+            [(0.0, 0.0), (1.0, 0.0), (0.1, 0.0), (0.5, 0.0), (0.9, 0.0), (0.3, 0.4), (0.7, 0.3), (0.0, 1.0)][rng.random_range(0..8)];
+        // Per sector of the file the number of the last change that got there, from 1 on.
+        let mut last_kept: HashMap<u64, usize> = HashMap::new();
+        let mut kept_lengths = vec![false; self.open.len()];
+        let mut longest = file.len() as u64;
+        for (index, (_, action, _)) in self.open.iter().enumerate() {
+            let choice: f64 = rng.random();
+            let keep = choice < whole;
+            let part = !keep && choice < whole + torn;
+            match action {
+                Action::SetLen(new) => {
+                    kept_lengths[index] = keep;
+                    longest = longest.max(*new);
+                }
+                _ => {
+                    for sector in sectors(action) {
+                        if keep || (part && rng.random()) {
+                            last_kept.insert(sector, index + 1);
+                        }
+                    }
+                    let (at, len) = extent(action);
+                    if matches!(action, Action::Write { .. }) {
+                        longest = longest.max(at + len);
                     }
                 }
-                if matches!(action, Action::Write { .. }) {
-                    longest = longest.max(at + len);
+            }
+        }
+        for (index, (_, action, _)) in self.open.iter().enumerate() {
+            if matches!(action, Action::SetLen(_)) {
+                if kept_lengths[index] {
+                    file.apply(action);
+                }
+                continue;
+            }
+            let (at, len) = extent(action);
+            for sector in sectors(action).filter(|s| last_kept.get(s).is_some_and(|last| *last > index)) {
+                let (from, to) = ((sector * 512).max(at), ((sector + 1) * 512).min(at + len));
+                match action {
+                    Action::Write { bytes, .. } => file.write(from as usize, &bytes[(from - at) as usize..(to - at) as usize]),
+                    _ => file.zero(from as usize, (to - from) as usize),
                 }
             }
         }
-    }
-    for (index, (_, action, _)) in open.iter().enumerate() {
-        let (at, len) = extent(action);
-        match action {
-            Action::SetLen(_) if kept_lengths[index] => apply(action, &mut bytes),
-            Action::Write { bytes: new, .. } => {
-                for sector in (at / 512..(at + len).div_ceil(512)).filter(|s| last_kept[*s as usize] as usize > index) {
-                    let (from, to) = ((sector * 512).max(at), ((sector + 1) * 512).min(at + len));
-                    let piece = new[(from - at) as usize..(to - at) as usize].into();
-                    apply(&Action::Write { at: from, bytes: piece }, &mut bytes);
-                }
-            }
-            Action::Zero { .. } => {
-                for sector in (at / 512..(at + len).div_ceil(512)).filter(|s| last_kept[*s as usize] as usize > index) {
-                    let (from, to) = ((sector * 512).max(at), ((sector + 1) * 512).min(at + len));
-                    apply(&Action::Zero { at: from, len: to - from }, &mut bytes);
-                }
-            }
-            _ => {}
+        // The length may be on disk without the bytes.
+        if rng.random_bool(0.5) && longest as usize > file.len() {
+            file.set_len(longest as usize);
         }
+        file
     }
-    // The length may be on disk without the bytes.
-    if rng.random_bool(0.5) {
-        bytes.resize(bytes.len().max(longest as usize), 0);
+
+    /// The file after the death of the process at `position`, and what its redo log holds: the kernel has all that had ended, and part of what was under way.
+    pub fn after_death(&mut self, position: usize, seed: u64) -> (Pages, Vec<Record>) {
+        self.advance(position);
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut file = self.safe.clone();
+        for (_, action, end) in &self.open {
+            match action {
+                Action::Write { at, bytes } if end.is_none() => {
+                    // The kernel copies whole pages; a signal comes between them.
+                    let whole = (*at as usize + rng.random_range(0..=bytes.len())) & !511;
+                    file.write(*at as usize, &bytes[..whole.saturating_sub(*at as usize)]);
+                }
+                _ if end.is_none() && rng.random() => {}
+                _ => file.apply(action),
+            }
+        }
+        (file, self.redo.iter().map(|r| (*r).clone()).collect())
     }
-    bytes
 }
 
-/// The file after the death of the process at `position`: the kernel has all that had ended, and part of what was under way.
-pub fn after_death(run: &Run, position: usize, seed: u64) -> Vec<u8> {
-    let mut rng = StdRng::seed_from_u64(seed);
-    let mut bytes = run.base.clone();
-    for (_, action, fate) in changes_at(&run.entries, FILE, position) {
-        match action {
-            Action::Write { at, bytes: new } if fate == Fate::UnderWay => {
-                // The kernel copies whole pages; a signal comes between them.
-                let whole = (*at as usize + rng.random_range(0..=new.len())) & !511;
-                let part = whole.saturating_sub(*at as usize);
-                apply(&Action::Write { at: *at, bytes: new[..part].into() }, &mut bytes);
-            }
-            _ if fate == Fate::UnderWay && rng.random() => {}
-            _ => apply(action, &mut bytes),
-        }
-    }
-    bytes
+/// The sectors of the file that a change touches.
+fn sectors(action: &Action) -> Range<u64> {
+    let (at, len) = extent(action);
+    at / 512..(at + len).div_ceil(512)
 }
 
 fn extent(action: &Action) -> (u64, u64) {
@@ -275,10 +324,15 @@ pub fn shrink(mut operations: Vec<Operation>, fails: impl Fn(&[Operation]) -> Op
     (operations, why)
 }
 
-/// Positions of `run` to cut at: after every entry, or so many of them.
+/// Positions of `run` to cut at, in order: after every entry, or so many of them.
 pub fn positions(run: &Run, count: usize, rng: &mut StdRng) -> Vec<usize> {
     let all = run.entries.len();
-    if all <= count { (0..=all).collect() } else { (0..count).map(|_| rng.random_range(0..=all)).collect() }
+    if all <= count {
+        return (0..=all).collect();
+    }
+    let mut some: Vec<usize> = (0..count).map(|_| rng.random_range(0..=all)).collect();
+    some.sort_unstable();
+    some
 }
 
 /// Bytes that an image held before a run.

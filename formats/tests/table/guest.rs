@@ -84,14 +84,6 @@ impl History {
         Self { content, sectors, flushes: Vec::new() }
     }
 
-    /// Whether `bytes` are what `writer` gave to the sector.
-    fn is(&self, bytes: &[u8], sector: usize, writer: Writer) -> bool {
-        match writer {
-            0 => bytes == &self.content[sector * SECTOR..(sector + 1) * SECTOR],
-            _ => writer_of(bytes, sector as u64) == Some(writer),
-        }
-    }
-
     /// Compares what is read after a power cut at `position` with what is allowed: the state at the last flush that had ended, or any later change.
     pub fn allowed_after_cut(&self, bytes: &[u8], position: usize) -> Result<(), String> {
         let safe = self.flushes.iter().filter(|(_, end)| *end <= position).map(|(began, _)| *began).max().unwrap_or(0);
@@ -107,12 +99,19 @@ impl History {
         if bytes.len() != self.content.len() {
             return Err(format!("the device has {} bytes instead of {}", bytes.len(), self.content.len()));
         }
-        for (sector, read) in bytes.chunks_exact(SECTOR).enumerate() {
-            let changes = &self.sectors[sector];
+        let differs = |from: usize, to: usize| bytes[from * SECTOR..to * SECTOR] != self.content[from * SECTOR..to * SECTOR];
+        let mut untouched = 0;
+        for (sector, changes) in self.sectors.iter().enumerate().filter(|(_, changes)| !changes.is_empty()) {
+            if differs(untouched, sector) {
+                break;
+            }
+            untouched = sector + 1;
+            let read = &bytes[sector * SECTOR..(sector + 1) * SECTOR];
             let known = changes.iter().take_while(|c| c.began < position).count();
             let oldest = changes[..known].iter().rposition(|c| c.acknowledged <= safe);
             let candidates = &changes[oldest.unwrap_or(0)..known];
-            let fits = candidates.iter().rev().any(|c| self.is(read, sector, c.writer)) || (oldest.is_none() && self.is(read, sector, 0));
+            let wrote = writer_of(read, sector as u64);
+            let fits = candidates.iter().any(|c| Some(c.writer) == wrote) || (oldest.is_none() && !differs(sector, sector + 1));
             if !fits {
                 return Err(format!(
                     "sector {sector} holds {}; allowed: {}{candidates:?} (safe up to {safe}, cut at {position}; all changes: {changes:?})",
@@ -121,7 +120,15 @@ impl History {
                 ));
             }
         }
-        Ok(())
+        // Nobody wrote to what is between those sectors, or behind them.
+        let end = self.sectors.len();
+        let next = (untouched..end).find(|s| !self.sectors[*s].is_empty()).unwrap_or(end);
+        match (untouched..next).find(|sector| differs(*sector, sector + 1)) {
+            Some(sector) => {
+                Err(format!("sector {sector}, to which nobody wrote, holds {}", describe(&bytes[sector * SECTOR..][..SECTOR], sector)))
+            }
+            None => Ok(()),
+        }
     }
 }
 

@@ -2,19 +2,25 @@
 //!
 //! A kind is one function in `rows.rs` and one name in [`for_each_kind`] (and in [`for_each_writable_kind`]); every test binary beside this folder
 //! then has a test for it. Shared parts: `guest.rs` (what the guest wrote, and what it may read back), `open.rs` (files and recorded stores),
-//! `operations.rs` (random requests), `qemu.rs` (QEMU's opinion).
+//! `operations.rs` (random requests), `pages.rs` (many variants of one file), `cut.rs` (power cuts and deaths), `qemu.rs` (QEMU's opinion, and other readers').
 //!
 //! `FORMATS_TEST_LONG=1` selects the long modes; `FORMATS_TEST_SEED=n` another run than the committed one.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub mod cut;
+#[path = "../foreign/mod.rs"]
+pub mod foreign;
 pub mod guest;
 pub mod open;
 pub mod operations;
+pub mod pages;
 pub mod qemu;
 pub mod rows;
 
 use std::path::{Path, PathBuf};
+
+/// Looks at an image file with a reader other than QEMU's and panics if it does not show these bytes.
+pub type Reader = fn(file: &Path, content: &[u8]);
 
 /// Makes an image of a kind in a directory.
 pub type Recipe = Box<dyn Fn(&Kind, &Path) -> Made + Send + Sync>;
@@ -35,6 +41,12 @@ pub struct Kind {
     pub qemu_check: bool,
     /// Our own `check` knows it.
     pub check: bool,
+    /// It can be made longer.
+    pub grows: bool,
+    /// The file is a compressed stream with the image in it, which nobody can write to.
+    pub stream: bool,
+    /// Who else reads it, where QEMU does not.
+    pub reader: Option<Reader>,
     /// Mends checksums in the bytes of a mutant, so that damage gets past them.
     pub mend: fn(&mut [u8]),
 }
@@ -81,7 +93,10 @@ macro_rules! for_each_kind {
             qcow2 qcow2_v2 qcow2_512 qcow2_4k qcow2_2m qcow2_odd_size qcow2_refcount1 qcow2_refcount2 qcow2_refcount4 qcow2_refcount8
             qcow2_refcount32 qcow2_refcount64 qcow2_lazy qcow2_zlib qcow2_zstd qcow2_snapshots qcow2_compressed_snapshots qcow2_bitmap
             qcow2_on_raw qcow2_chain qcow2_v2_on_raw
-            vhdx_dynamic vhdx_fixed);
+            vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
+            vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
+            raw_gzip raw_bgzf raw_xz raw_zstd raw_bzip2 raw_lz4 raw_lzip
+            qcow2_gzip qcow2_bgzf qcow2_xz qcow2_zstd_stream qcow2_bzip2 qcow2_lz4 qcow2_lzip);
     };
 }
 #[allow(unused_imports)]
@@ -91,10 +106,12 @@ pub(crate) use for_each_kind;
 #[allow(unused_macros)]
 macro_rules! for_each_writable_kind {
     ($tests:ident) => {
-        $tests!(raw raw_odd_length vhdx_dynamic vhdx_fixed
+        $tests!(raw raw_odd_length
             qcow2 qcow2_v2 qcow2_512 qcow2_4k qcow2_2m qcow2_odd_size qcow2_refcount1 qcow2_refcount2 qcow2_refcount4 qcow2_refcount8
             qcow2_refcount32 qcow2_refcount64 qcow2_lazy qcow2_zlib qcow2_zstd qcow2_snapshots qcow2_compressed_snapshots qcow2_bitmap
-            qcow2_on_raw qcow2_chain qcow2_v2_on_raw);
+            qcow2_on_raw qcow2_chain qcow2_v2_on_raw
+            vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
+            vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096);
     };
 }
 #[allow(unused_imports)]

@@ -5,15 +5,17 @@ use formats::drivers::{self, Opened, Request};
 use formats::image::Parts;
 use formats::redo::RedoLog;
 use formats::store::Store;
-use formats::{BlockDevice, Cache, Image, OpenOptions, Result};
+use formats::{BlockDevice, Cache, Image, OpenOptions, Result, compressed};
 use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
 use std::sync::Arc;
 
 /// Opens the file.
 pub fn file(kind: &Kind, path: &Path, read_only: bool) -> Arc<Image> {
-    formats::open(&OpenOptions::new(path).format(kind.format).read_only(read_only))
-        .unwrap_or_else(|e| panic!("{}: {}", kind.name, e.chain()))
+    let mut options = OpenOptions::new(path).read_only(read_only);
+    // What is said to be raw is no stream.
+    options.format = (!kind.stream || kind.format != "raw").then(|| kind.format.to_string());
+    formats::open(&options).unwrap_or_else(|e| panic!("{}: {}", kind.name, e.chain()))
 }
 
 /// Opens an image that lies in `store` as if in the file of `made`; its parents are files.
@@ -21,7 +23,8 @@ pub fn over(kind: &Kind, path: &Path, store: Arc<dyn Store>, writable: bool, red
     let mut open_file = |name: &Path, _writable: bool| -> Result<Arc<dyn Store>> {
         Err(formats::Error::unsupported(format!("the test has no file {}", name.display())))
     };
-    let request = Request { store, path, writable, redo, open_file: &mut open_file, snapshot_name: None };
+    let store = if kind.stream { decoded(store)? } else { store };
+    let request = Request { store, path, writable, repair: false, redo, open_file: &mut open_file, snapshot_name: None };
     let Opened { format, writeback, parent } = (drivers::by_name(kind.format)?.open)(request)?;
     let parent = match parent {
         None => None,
@@ -38,6 +41,19 @@ pub fn over(kind: &Kind, path: &Path, store: Arc<dyn Store>, writable: bool, red
     let parts =
         Parts { format, writeback, parent, cache: Arc::new(Cache::new(8 << 20)), path: path.to_path_buf(), discard: true, guard: None };
     Ok(Arc::new(Image::new(parts)?))
+}
+
+/// The bytes in a compressed stream, with little memory.
+fn decoded(stream: Arc<dyn Store>) -> Result<Arc<dyn Store>> {
+    let options = compressed::Options {
+        keep_index: false,
+        scratch_limit: Some(64 << 20),
+        in_memory: 4 << 20,
+        memory_limit: 32 << 20,
+        progress: None,
+        ..compressed::Options::default()
+    };
+    compressed::open(stream, &options, &Arc::new(Cache::new(8 << 20)))?.ok_or_else(|| formats::Error::corrupt("no stream"))
 }
 
 /// The bytes of the image file.

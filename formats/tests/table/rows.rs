@@ -1,10 +1,17 @@
-//! The rows of the table. Made by `qemu-img`, which is somebody else's writer.
+//! The rows of the table. Made by `qemu-img`, which is somebody else's writer, or, where no program on Linux makes them, by the tests' own writers, which
+//! know nothing of the code under test.
 
-use super::{Kind, Made, guest, qemu};
+use super::foreign::readers::dissect_agrees;
+use super::foreign::vhd_writer::{Runs, Vhd, flatten, uuid};
+use super::foreign::vhdx_writer::{Block, Vhdx, data_write_guid};
+use super::foreign::{MIB, Raw};
+use super::{Kind, Made, Reader, guest, qemu};
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use rand::{Rng, RngCore, SeedableRng};
 use std::fs;
 use std::path::Path;
+use std::process::Command;
+use uuid::Uuid;
 
 /// What most rows have in common.
 fn kind(name: &'static str, format: &'static str, size: u64) -> Kind {
@@ -16,6 +23,9 @@ fn kind(name: &'static str, format: &'static str, size: u64) -> Kind {
         qemu: true,
         qemu_check: format == "qcow2",
         check: formats::drivers::by_name(format).unwrap().can.check,
+        grows: formats::drivers::by_name(format).unwrap().can.grow,
+        stream: false,
+        reader: None,
         mend: |_| {},
     }
 }
@@ -120,7 +130,7 @@ pub fn qcow2_4k() -> Kind {
 
 /// The largest clusters.
 pub fn qcow2_2m() -> Kind {
-    converted(kind("qcow2_2m", "qcow2", 12 << 20), &["-o", "cluster_size=2M"], nothing)
+    converted(kind("qcow2_2m", "qcow2", 6 << 20), &["-o", "cluster_size=2M"], nothing)
 }
 
 /// A size that is no multiple of the cluster.
@@ -232,4 +242,287 @@ fn mend_vhdx(bytes: &mut [u8]) {
         let sum = crc32c::crc32c(part);
         part[4..8].copy_from_slice(&sum.to_le_bytes());
     }
+}
+
+/// Larger blocks than the disk's pieces.
+pub fn vhdx_2m() -> Kind {
+    Kind { mend: mend_vhdx, ..converted(kind("vhdx_2m", "vhdx", 5 << 20), &["-o", "block_size=2M"], nothing) }
+}
+
+/// One block, of which the disk takes a part.
+pub fn vhdx_32m() -> Kind {
+    Kind { mend: mend_vhdx, ..converted(kind("vhdx_32m", "vhdx", 3 << 20), &["-o", "block_size=32M"], nothing) }
+}
+
+/// Some whole blocks, some in part, some zeros, over what a parent shows; `content` becomes what the child shows.
+fn child_blocks(content: &mut [u8], sector: u64) -> Vec<(u64, Block)> {
+    let mut rng = StdRng::seed_from_u64(content.len() as u64);
+    let mut blocks = Vec::new();
+    for (number, part) in content.chunks_mut(MIB as usize).enumerate() {
+        let block = match number % 4 {
+            0 => {
+                let (mut runs, mut first) = (Vec::new(), rng.random_range(0..20));
+                while (first as usize + 1) * sector as usize <= part.len() && runs.len() < 30 {
+                    let count = rng.random_range(1..30).min(part.len() as u64 / sector - first);
+                    let range = (first * sector) as usize..((first + count) * sector) as usize;
+                    rng.fill_bytes(&mut part[range.clone()]);
+                    runs.push((first, part[range].to_vec()));
+                    first += count + rng.random_range(1..60);
+                }
+                Block::Partial(runs)
+            }
+            1 => continue,
+            2 => {
+                rng.fill_bytes(part);
+                Block::Full(part.to_vec())
+            }
+            _ => {
+                part.fill(0);
+                Block::Zero
+            }
+        };
+        blocks.push((number as u64, block));
+    }
+    blocks
+}
+
+/// The file `image` on the file `base`, or alone.
+fn written_vhdx(name: &'static str, size: u64, sector: u64, differencing: bool) -> Kind {
+    let reader: Reader = |file, content| {
+        let plain = tempfile::NamedTempFile::new_in(file.parent().unwrap()).unwrap();
+        fs::write(plain.path(), content).unwrap();
+        dissect_agrees(file.parent().unwrap(), text(file), &Raw::existing(plain.path().to_path_buf()));
+    };
+    Kind {
+        make: Box::new(move |kind, dir| {
+            let mut content = guest::initial(kind.size);
+            let write = |name: &str, parent: Option<Uuid>, blocks| {
+                let parent = parent.map(|id| vec![("parent_linkage", format!("{{{id}}}")), ("relative_path", ".\\base".into())]);
+                Vhdx { size: kind.size, block: MIB, sector, data_write: Uuid::new_v4(), parent, blocks }.write(&dir.join(name));
+            };
+            let full =
+                |content: &[u8]| content.chunks(MIB as usize).enumerate().map(|(n, b)| (n as u64, Block::Full(b.to_vec()))).collect();
+            if differencing {
+                write("base", None, full(&content));
+                write("image", Some(data_write_guid(&dir.join("base"))), child_blocks(&mut content, sector));
+            } else {
+                content[MIB as usize..2 * MIB as usize].fill(0);
+                let mut blocks: Vec<_> = full(&content);
+                blocks.remove(1);
+                write("image", None, blocks);
+            }
+            Made { file: dir.join("image"), content }
+        }),
+        // QEMU knows neither parents nor sectors of 4096 bytes.
+        qemu: false,
+        reader: Some(reader),
+        mend: mend_vhdx,
+        ..kind(name, "vhdx", size)
+    }
+}
+
+/// On a parent.
+pub fn vhdx_differencing() -> Kind {
+    written_vhdx("vhdx_differencing", (3 << 20) + (200 << 10), 512, true)
+}
+
+/// For a guest with sectors of 4096 bytes.
+pub fn vhdx_4096() -> Kind {
+    written_vhdx("vhdx_4096", (3 << 20) + (16 << 10), 4096, false)
+}
+
+/// The same on a parent.
+pub fn vhdx_differencing_4096() -> Kind {
+    written_vhdx("vhdx_differencing_4096", (3 << 20) + (200 << 10), 4096, true)
+}
+
+/// Blocks of 2 MiB, as needed.
+pub fn vhd_dynamic() -> Kind {
+    Kind { mend: mend_vhd, ..converted(kind("vhd_dynamic", "vpc", (5 << 20) + 1536), &["-o", "force_size=on"], nothing) }
+}
+
+/// The disk and a footer.
+pub fn vhd_fixed() -> Kind {
+    Kind { mend: mend_vhd, ..converted(kind("vhd_fixed", "vpc", (2 << 20) + 512), &["-o", "subformat=fixed,force_size=on"], nothing) }
+}
+
+/// Random runs of sectors for every other block of `block` bytes; `content` becomes what the image shows.
+fn runs(content: &mut [u8], block: u64) -> Vec<(u64, Runs)> {
+    let mut rng = StdRng::seed_from_u64(content.len() as u64);
+    let mut blocks = Vec::new();
+    for (number, part) in content.chunks_mut(block as usize).enumerate().filter(|(number, _)| number % 2 == 0) {
+        let (mut list, mut first) = (Runs::new(), if number == 2 { 0 } else { rng.random_range(0..30) });
+        while (first as usize + 1) * 512 <= part.len() {
+            let count = if number == 2 { u64::MAX } else { rng.random_range(1..70) }.min(part.len() as u64 / 512 - first);
+            let range = (first * 512) as usize..((first + count) * 512) as usize;
+            rng.fill_bytes(&mut part[range.clone()]);
+            list.push((first, part[range].to_vec()));
+            first += count + rng.random_range(1..90);
+        }
+        blocks.push((number as u64, list));
+    }
+    blocks
+}
+
+/// On a dynamic parent that QEMU made; read by a reader of the tests' own, since others mistake runs of sectors.
+pub fn vhd_differencing() -> Kind {
+    Kind {
+        make: Box::new(|kind, dir| {
+            let mut content = guest::initial(kind.size);
+            let (source, base) = (dir.join("source"), dir.join("base"));
+            fs::write(&source, &content).unwrap();
+            qemu::must("qemu-img", &["convert", "-q", "-f", "raw", "-O", "vpc", "-o", "force_size=on", text(&source), text(&base)]);
+            fs::remove_file(source).unwrap();
+            let block = 512 << 10;
+            let blocks = runs(&mut content, block);
+            let parent = Some((uuid(&base), vec![(b"W2ru", ".\\base".to_string())]));
+            Vhd { size: kind.size, block, uuid: Uuid::new_v4(), parent, blocks }.write(&dir.join("image"));
+            Made { file: dir.join("image"), content }
+        }),
+        qemu: false,
+        // The format cannot say that what lies behind the old end is not the parent's.
+        grows: false,
+        reader: Some(|file, content| {
+            assert!(flatten(file.parent().unwrap(), &[text(file), "base"]) == content, "{} shows something else", file.display());
+        }),
+        mend: mend_vhd,
+        ..kind("vhd_differencing", "vpc", (3 << 20) + 1024)
+    }
+}
+
+/// Small blocks with bits of their bitmaps clear, as other programs than QEMU leave them.
+pub fn vhd_small_blocks() -> Kind {
+    Kind {
+        make: Box::new(|kind, dir| {
+            let mut content = vec![0; kind.size as usize];
+            let block = 128 << 10;
+            let blocks = runs(&mut content, block);
+            Vhd { size: kind.size, block, uuid: Uuid::new_v4(), parent: None, blocks }.write(&dir.join("image"));
+            Made { file: dir.join("image"), content }
+        }),
+        mend: mend_vhd,
+        ..kind("vhd_small_blocks", "vpc", (1 << 20) + 512)
+    }
+}
+
+/// Makes the checksums of footers and header fit again.
+fn mend_vhd(bytes: &mut [u8]) {
+    let end = bytes.len().saturating_sub(512);
+    for (at, len, sum_at) in [(0, 512, 64), (512, 1024, 36), (end, 512, 64)] {
+        let Some(part) = bytes.get_mut(at..at + len).filter(|p| p.starts_with(b"conectix") || p.starts_with(b"cxsparse")) else { continue };
+        part[sum_at..sum_at + 4].fill(0);
+        let sum = !part.iter().map(|b| u32::from(*b)).sum::<u32>();
+        part[sum_at..sum_at + 4].copy_from_slice(&sum.to_be_bytes());
+    }
+}
+
+/// An image in a stream, made from `inner` by a shell command that reads the file `plain` and writes to standard output.
+fn streamed(name: &'static str, inner: Kind, command: &'static str) -> Kind {
+    Kind {
+        name,
+        format: inner.format,
+        size: inner.size,
+        qemu: false,
+        qemu_check: false,
+        check: inner.check,
+        grows: false,
+        stream: true,
+        reader: None,
+        mend: |_| {},
+        make: Box::new(move |_, dir| {
+            let made = inner.make(dir);
+            fs::rename(&made.file, dir.join("plain")).unwrap();
+            let command = format!("{command} > image");
+            let output = Command::new("bash").args(["-o", "pipefail", "-ec", &command]).current_dir(dir).output().unwrap();
+            assert!(output.status.success(), "`{command}` failed; is its package installed?\n{}", String::from_utf8_lossy(&output.stderr));
+            Made { file: dir.join("image"), content: made.content }
+        }),
+    }
+}
+
+/// Decoded whole for many a damaged stream.
+fn small_raw() -> Kind {
+    converted(kind("small_raw", "raw", 700 << 10), &[], nothing)
+}
+
+fn small_qcow2() -> Kind {
+    converted(kind("small_qcow2", "qcow2", 600 << 10), &["-o", "cluster_size=4k"], nothing)
+}
+
+const GZIP: &str = "gzip -c plain";
+const BGZF: &str = "bgzip -c plain";
+const XZ: &str = "xz -1 -T2 --block-size=256KiB -c plain";
+const ZSTD: &str = "split -b 300000 plain part.; for p in part.*; do zstd -qc $p; done";
+const BZIP2: &str = "bzip2 -1c plain";
+const LZ4: &str = "lz4 -q -B4 -BI -c plain";
+const LZIP: &str = "plzip -0 -n2 -B 300KiB -c plain";
+
+/// A raw disk in gzip.
+pub fn raw_gzip() -> Kind {
+    streamed("raw_gzip", small_raw(), GZIP)
+}
+
+/// A raw disk in bgzf.
+pub fn raw_bgzf() -> Kind {
+    streamed("raw_bgzf", small_raw(), BGZF)
+}
+
+/// A raw disk in xz.
+pub fn raw_xz() -> Kind {
+    streamed("raw_xz", small_raw(), XZ)
+}
+
+/// A raw disk in zstd.
+pub fn raw_zstd() -> Kind {
+    streamed("raw_zstd", small_raw(), ZSTD)
+}
+
+/// A raw disk in bzip2.
+pub fn raw_bzip2() -> Kind {
+    streamed("raw_bzip2", small_raw(), BZIP2)
+}
+
+/// A raw disk in lz4.
+pub fn raw_lz4() -> Kind {
+    streamed("raw_lz4", small_raw(), LZ4)
+}
+
+/// A raw disk in lzip.
+pub fn raw_lzip() -> Kind {
+    streamed("raw_lzip", small_raw(), LZIP)
+}
+
+/// A qcow2 image in gzip.
+pub fn qcow2_gzip() -> Kind {
+    streamed("qcow2_gzip", small_qcow2(), GZIP)
+}
+
+/// A qcow2 image in bgzf.
+pub fn qcow2_bgzf() -> Kind {
+    streamed("qcow2_bgzf", small_qcow2(), BGZF)
+}
+
+/// A qcow2 image in xz.
+pub fn qcow2_xz() -> Kind {
+    streamed("qcow2_xz", small_qcow2(), XZ)
+}
+
+/// A qcow2 image in zstd.
+pub fn qcow2_zstd_stream() -> Kind {
+    streamed("qcow2_zstd_stream", small_qcow2(), ZSTD)
+}
+
+/// A qcow2 image in bzip2.
+pub fn qcow2_bzip2() -> Kind {
+    streamed("qcow2_bzip2", small_qcow2(), BZIP2)
+}
+
+/// A qcow2 image in lz4.
+pub fn qcow2_lz4() -> Kind {
+    streamed("qcow2_lz4", small_qcow2(), LZ4)
+}
+
+/// A qcow2 image in lzip.
+pub fn qcow2_lzip() -> Kind {
+    streamed("qcow2_lzip", small_qcow2(), LZIP)
 }
