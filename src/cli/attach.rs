@@ -42,8 +42,20 @@ pub struct Attach {
 }
 
 impl Attach {
-    /// Creates backstore and LUN, or leaves nothing behind.
+    /// A disk of an image with nothing but defaults.
+    pub fn plain(image: ImageArgs, read_only: bool, run_dir: PathBuf) -> Self {
+        Self { image, read_only, name: None, size: None, block_size: None, run_dir }
+    }
+
+    /// Creates backstore and LUN and prints the disk.
     pub fn run(self) -> Result<ExitCode, Failure> {
+        let disk = self.create()?;
+        writeln!(io::stdout(), "{}", disk.display()).map_err(Failure::output)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Creates backstore and LUN, or leaves nothing behind: the disk.
+    pub fn create(self) -> Result<PathBuf, Failure> {
         let configfs = Configfs::default();
         configfs.check().map_err(|error| Failure::new(error.to_string()))?;
         if !lock::is_held(&self.run_dir) {
@@ -78,9 +90,7 @@ impl Attach {
             max_sectors: Some(MAX_TRANSFER / block_size.max(512)),
             ..Parameters::default()
         };
-        let disk = create(&configfs, &name, &parameters)?;
-        writeln!(io::stdout(), "{}", disk.display()).map_err(Failure::output)?;
-        Ok(ExitCode::SUCCESS)
+        create(&configfs, &name, &parameters)
     }
 
     /// What the daemon will be told: absolute, since it has another working directory.

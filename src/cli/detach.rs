@@ -22,6 +22,11 @@ pub struct Detach {
 }
 
 impl Detach {
+    /// Removal of a disk, by its path, that nobody uses.
+    pub fn disk(path: &Path) -> Self {
+        Self { name: path.to_string_lossy().into_owned(), force: false }
+    }
+
     /// Removes the LUN, its target if that is empty then, and the backstore.
     pub fn run(self) -> Result<ExitCode, Failure> {
         let configfs = Configfs::default();

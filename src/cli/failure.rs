@@ -35,6 +35,11 @@ impl Failure {
         Self { quiet: true, ..Self::new("broken pipe") }
     }
 
+    /// A signal came, and what was done so far is undone.
+    pub fn interrupted() -> Self {
+        Self { code: 130, ..Self::new("interrupted") }
+    }
+
     /// With another exit code.
     #[must_use]
     pub fn code(self, code: u8) -> Self {

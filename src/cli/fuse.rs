@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use formats::BlockDevice;
 use formats::filter::partition;
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -56,6 +57,9 @@ pub struct Fuse {
     /// Threads that do requests [default: two a CPU, at least 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
+    /// End when standard input does, unless a byte was read from it before: for 'img-tcmu mount', which may be killed
+    #[arg(long, hide = true)]
+    leash: bool,
 }
 
 impl Fuse {
@@ -83,6 +87,9 @@ impl Fuse {
         let share = Share { device, image: image.path().to_owned(), partitions, backing };
         let mounted = Mounted::new(share, &self.mountpoint, options)
             .map_err(|error| Failure::caused(format!("cannot mount on {}", self.mountpoint.display()), error))?;
+        if self.leash {
+            follow_leash()?;
+        }
         let what = format!("{} is {}", image.path().display(), self.mountpoint.join(DISK).display());
         if self.partition_dir {
             eprintln!("img-tcmu: {what}, its partitions are in {}", self.mountpoint.join(PARTITIONS).display());
@@ -94,6 +101,19 @@ impl Fuse {
         image.close()?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Whoever holds the other end of standard input and dies has us end, as by a signal.
+fn follow_leash() -> Result<(), Failure> {
+    let follow = || {
+        let mut byte = [0];
+        if !matches!(std::io::stdin().lock().read(&mut byte), Ok(1)) {
+            // Our own process is there, and may be signalled.
+            let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGTERM);
+        }
+    };
+    let spawned = std::thread::Builder::new().name("leash".into()).spawn(follow);
+    spawned.map(drop).map_err(|error| Failure::caused("cannot start a thread", error))
 }
 
 fn check_mountpoint(mountpoint: &Path) -> Result<(), Failure> {

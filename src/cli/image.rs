@@ -35,6 +35,18 @@ impl ImageArgs {
         &self.image
     }
 
+    /// The same circumstances for another description.
+    pub fn with(&self, image: Config) -> Self {
+        Self { image, allow: self.allow.clone(), config: self.config.clone() }
+    }
+
+    /// As arguments of another process that is to open the same.
+    pub fn to_arguments(&self) -> Vec<OsString> {
+        let allow = self.allow.iter().flat_map(|directory| [OsString::from("--allow"), directory.into()]);
+        let config = self.config.iter().flat_map(|path| [OsString::from("--config"), path.into()]);
+        allow.chain(config).chain([self.image.to_string().into()]).collect()
+    }
+
     /// With the configuration file's exports and directories.
     pub fn environment(&self) -> Result<Environment, Failure> {
         let configuration = match (&self.image, &self.config) {

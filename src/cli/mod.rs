@@ -15,8 +15,10 @@ mod image;
 mod info;
 mod list;
 mod map;
+mod mount;
 mod nbd;
 mod serve;
+mod umount;
 
 pub use attach::load_module;
 pub use failure::Failure;
@@ -31,6 +33,7 @@ Exit codes:
   0   done
   1   failed; the reason is on stderr, its causes on lines that begin with 'caused by:'
   64  the command line makes no sense
+  130 interrupted by a signal; what was done so far is undone ('mount')
   'check' also has those of 'qemu-img check': 2 corruptions, 3 leaks (but no corruptions), 63 no check for this format";
 
 /// Opens VM disk images and serves them as SCSI disks.
@@ -60,6 +63,8 @@ enum Command {
     Formats(formats::Formats),
     Nbd(nbd::Nbd),
     Fuse(fuse::Fuse),
+    Mount(mount::Mount),
+    Umount(umount::Umount),
     CheckConfig(check_config::CheckConfig),
 }
 
@@ -77,6 +82,8 @@ impl Command {
             Self::Formats(command) => command.run(),
             Self::Nbd(command) => command.run(),
             Self::Fuse(command) => command.run(),
+            Self::Mount(command) => command.run(),
+            Self::Umount(command) => command.run(),
             Self::CheckConfig(command) => command.run(),
         }
     }

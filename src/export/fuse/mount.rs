@@ -66,7 +66,11 @@ impl Mounted {
         std::thread::Builder::new().name("fuse-signals".into()).spawn(move || obey(signals, unmounter, &mountpoint, &*device))?;
         let result = self.session.run();
         self.device.flush().map_err(|error| io::Error::other(error.chain()))?;
-        result
+        match result {
+            // One of the ways in which the kernel tells a thread that the mount is gone, besides ENODEV.
+            Err(error) if error.raw_os_error() == Some(nix::libc::ECONNABORTED) => Ok(()),
+            other => other,
+        }
     }
 }
 
