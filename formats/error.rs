@@ -116,6 +116,11 @@ impl Error {
         self.0.kind
     }
 
+    /// The file that the error is about, if known.
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
     /// The offset in the file that the error is about, if known, in bytes.
     pub fn offset(&self) -> Option<u64> {
         self.0.offset

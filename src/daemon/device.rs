@@ -10,9 +10,10 @@ use crate::serve::{Pool, Served};
 use crate::tcmu::configfs::Backstore;
 use crate::tcmu::uio::UioDevice;
 use cfgstring::{Config, Discard, Spec};
-use formats::Image;
 use nix::errno::Errno;
 use parking_lot::Mutex;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,13 +31,29 @@ struct Backing {
     /// REST of the dev_config.
     config: String,
     spec: Spec,
-    disk: Disk,
+    /// None if the image was lost in a change of the configuration.
+    disk: Option<Disk>,
 }
 
 impl Backing {
     fn describe(&self) -> String {
-        let read_only = if self.disk.device.limits().read_only { ", read-only" } else { "" };
-        format!("{} ({}{read_only})", self.spec.file.display(), self.disk.image.format().name())
+        describe(&self.spec, self.disk.as_ref())
+    }
+
+    /// The file is the image's own.
+    fn holds(&self, file: &Path) -> bool {
+        let identity = |path: &Path| std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+        self.disk.as_ref().and_then(|disk| identity(disk.image.path())).is_some_and(|own| Some(own) == identity(file))
+    }
+}
+
+fn describe(spec: &Spec, disk: Option<&Disk>) -> String {
+    match disk {
+        Some(disk) => {
+            let read_only = if disk.device.limits().read_only { ", read-only" } else { "" };
+            format!("{} ({}{read_only})", spec.file.display(), disk.image.format().name())
+        }
+        None => format!("{} (lost)", spec.file.display()),
     }
 }
 
@@ -69,7 +86,7 @@ impl Device {
         rings: &dyn Rings,
         pool: &Pool,
     ) -> Result<Self, Refusal> {
-        let backing = open(&uio.name.config, environment)?;
+        let backing = open(&uio.name.config, environment).map_err(OpenError::into_refusal)?;
         let lun = Arc::new(lun(backstore, &backing, surroundings)?);
         let ring = rings.attach(&uio, backstore)?;
         let served =
@@ -88,9 +105,9 @@ impl Device {
         &self.lun
     }
 
-    /// The image now behind it.
-    pub fn image(&self) -> Arc<Image> {
-        Arc::clone(&self.backing.lock().disk.image)
+    /// What the image is called.
+    pub fn describe(&self) -> String {
+        self.backing.lock().describe()
     }
 
     /// The configuration now in force, as the kernel has it, and what it means.
@@ -117,13 +134,60 @@ impl Device {
             rest.clone_into(&mut backing.config);
             return Ok(());
         }
-        let new = open(rest, environment)?;
-        let old = self.lun.replace(new.disk.device.clone()).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))?;
+        let new = match open(rest, environment) {
+            Ok(new) => new,
+            Err(OpenError::Locked(path, _)) if backing.holds(&path) => return self.exchange(rest, &mut backing, environment),
+            Err(error) => return Err(error.into_refusal()),
+        };
+        let Some(disk) = &new.disk else { return Err(Refusal::new(Errno::EIO, "no image")) };
+        let old = self.lun.replace(disk.device.clone()).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))?;
         drop(old);
         tracing::info!("now serves {} instead of {}", new.describe(), backing.spec.file.display());
         let before = std::mem::replace(&mut *backing, new);
-        close(&before.disk.image);
+        close(before.disk.as_ref());
         Ok(())
+    }
+
+    /// As [`Self::set_config`] where the new configuration uses the image that is now open for writing, as a new overlay on it does:
+    /// the old image is closed first, and opened again if the new one does not open. Initiators are told to wait meanwhile.
+    fn exchange(&self, rest: &str, backing: &mut Backing, environment: &Environment) -> Result<(), Refusal> {
+        let mut verdict = Ok(());
+        self.lun.exchange(|| {
+            let before = backing.disk.take();
+            if let Some(disk) = &before
+                && let Err(error) = disk.image.close()
+            {
+                verdict = Err(error.into());
+                backing.disk = before;
+                return backing.disk.as_ref().map(|disk| (disk.device.clone(), false));
+            }
+            drop(before);
+            let fitting = |new: Backing| match &new.disk {
+                Some(disk) => match self.lun.fits(&disk.device) {
+                    Ok(()) => Ok(new),
+                    Err(error) => Err(Refusal::new(Errno::EINVAL, error.to_string())),
+                },
+                None => Err(Refusal::new(Errno::EIO, "no image")),
+            };
+            match open(rest, environment).map_err(OpenError::into_refusal).and_then(fitting) {
+                Ok(new) => {
+                    tracing::info!("now serves {} instead of {}", new.describe(), backing.spec.file.display());
+                    *backing = new;
+                }
+                Err(refusal) => {
+                    verdict = Err(refusal);
+                    match open(&backing.config, environment) {
+                        Ok(again) => backing.disk = again.disk,
+                        Err(error) => {
+                            let error = error.into_refusal();
+                            tracing::error!("the image that was served does not open again, so that the unit has none: {error}");
+                        }
+                    }
+                }
+            }
+            backing.disk.as_ref().map(|disk| (disk.device.clone(), verdict.is_ok()))
+        });
+        verdict
     }
 
     /// Makes the LUN `size` bytes large, growing the image where it has to.
@@ -144,9 +208,9 @@ impl Device {
                 format!("{size} bytes are less than the {now} it has, which initiators use: remove the backstore and create a smaller one");
             return Err(Refusal::new(Errno::EINVAL, text));
         }
-        let disk = self.backing.lock().disk.device.clone();
-        if size > disk.limits().size {
-            disk.grow(size)?;
+        let device = self.lun.device();
+        if size > device.limits().size {
+            device.grow(size)?;
         }
         self.lun.capacity_changed(size).map_err(|error| Refusal::new(Errno::EINVAL, error.to_string()))?;
         tracing::info!("grew from {now} to {size} bytes");
@@ -174,24 +238,49 @@ impl Device {
                 progress(stopping.in_flight());
             }
         }
-        close(&self.image());
+        close(self.backing.lock().disk.as_ref());
+    }
+}
+
+/// Why an image does not open.
+enum OpenError {
+    /// Somebody has this file open for writing.
+    Locked(PathBuf, Refusal),
+    Other(Refusal),
+}
+
+impl<E: Into<Refusal>> From<E> for OpenError {
+    fn from(error: E) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+impl OpenError {
+    fn into_refusal(self) -> Refusal {
+        match self {
+            Self::Locked(_, refusal) | Self::Other(refusal) => refusal,
+        }
     }
 }
 
 /// Opens what REST of a dev_config describes.
-fn open(rest: &str, environment: &Environment) -> Result<Backing, Refusal> {
+fn open(rest: &str, environment: &Environment) -> Result<Backing, OpenError> {
     let config = Config::parse(rest.as_bytes())?;
     let spec = environment.resolve(&config)?;
     image::require_absolute(&spec)?;
-    let disk = environment.open(&spec, Purpose::Serve)?;
+    let disk = environment.open(&spec, Purpose::Serve).map_err(|error| match error.path() {
+        Some(path) if error.kind() == formats::Kind::Locked => OpenError::Locked(path.to_owned(), error.into()),
+        _ => error.into(),
+    })?;
     if disk.device.limits().read_only && !spec.read_only && spec.snapshot_name.is_none() {
         tracing::warn!("{} images can only be read: the disk is write-protected", disk.image.format().name());
     }
-    Ok(Backing { config: rest.to_owned(), spec, disk })
+    Ok(Backing { config: rest.to_owned(), spec, disk: Some(disk) })
 }
 
 /// Flushes and closes; there is nobody left to tell but the log.
-fn close(image: &Image) {
+fn close(disk: Option<&Disk>) {
+    let Some(Disk { image, .. }) = disk else { return };
     if let Err(error) = image.close() {
         tracing::error!("cannot close {} cleanly: {}", image.path().display(), error.chain());
     }
@@ -199,7 +288,7 @@ fn close(image: &Image) {
 
 /// The SCSI unit over an image, as the backstore says.
 fn lun(backstore: &Backstore, backing: &Backing, surroundings: Surroundings) -> Result<Lun, Refusal> {
-    let Backing { spec, disk, .. } = backing;
+    let Backing { spec, disk: Some(disk), .. } = backing else { return Err(Refusal::new(Errno::EIO, "no image")) };
     let limits = disk.device.limits();
     let size = backstore.size()?;
     let block_size = backstore.block_size().unwrap_or(512);

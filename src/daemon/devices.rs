@@ -356,7 +356,7 @@ fn stop(device: &Device) {
         tracing::warn!(
             "waits for {in_flight} commands since {} s: does the file system of {} hang?",
             start.elapsed().as_secs(),
-            device.image().path().display()
+            device.describe()
         );
     });
 }

@@ -17,11 +17,12 @@ use crate::scsi::ports::TargetPorts;
 use crate::scsi::range_lock::RangeLock;
 use crate::scsi::sense::{Fault, Sense, Triple};
 use crate::scsi::vpd;
-use formats::{BlockDevice, Limits};
+use formats::{BlockDevice, Limits, MapExtent, ZeroMode};
 use parking_lot::RwLock;
+use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// SCSI status (SAM-5 5.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,6 +159,8 @@ pub struct Lun {
 /// What a logical unit is made of. Operations that outlive their command hold it.
 pub struct State {
     backing: RwLock<Backing>,
+    /// The image is being exchanged: commands are told to come again.
+    exchanging: AtomicBool,
     pub(super) identity: Identity,
     pub(super) config: Config,
     /// Capacity in blocks.
@@ -192,6 +195,45 @@ impl Backing {
     }
 }
 
+/// No image, in the place of one with these limits.
+struct Absent(Limits);
+
+impl Absent {
+    fn error() -> formats::Error {
+        formats::Error::new(formats::Kind::NotFound, "there is no image behind this unit")
+    }
+}
+
+impl BlockDevice for Absent {
+    fn limits(&self) -> Limits {
+        self.0.clone()
+    }
+
+    fn read(&self, _: &mut [IoSliceMut<'_>], _: u64) -> formats::Result<()> {
+        Err(Self::error())
+    }
+
+    fn write(&self, _: &[IoSlice<'_>], _: u64) -> formats::Result<()> {
+        Err(Self::error())
+    }
+
+    fn zero(&self, _: u64, _: u64, _: ZeroMode) -> formats::Result<()> {
+        Err(Self::error())
+    }
+
+    fn discard(&self, _: u64, _: u64) -> formats::Result<()> {
+        Err(Self::error())
+    }
+
+    fn flush(&self) -> formats::Result<()> {
+        Err(Self::error())
+    }
+
+    fn map(&self, _: u64, _: u64) -> formats::Result<MapExtent> {
+        Err(Self::error())
+    }
+}
+
 impl Lun {
     /// A logical unit over `device` that knows of no target ports and no other units.
     pub fn new(device: Arc<dyn BlockDevice>, identity: Identity, config: Config) -> Result<Self, ConfigError> {
@@ -218,6 +260,7 @@ impl Lun {
         }
         let state = State {
             backing: RwLock::new(backing),
+            exchanging: AtomicBool::new(false),
             identity,
             blocks: AtomicU64::new(blocks),
             parameters: Parameters::new(config.write_cache),
@@ -246,6 +289,9 @@ impl Lun {
     }
 
     fn run(&self, cdb: &[u8], data: &mut Data<'_, '_>, no_wait: bool) -> Option<Outcome> {
+        if self.state.exchanging.load(Ordering::Acquire) {
+            return None;
+        }
         let backing = if no_wait { self.state.backing.try_read()? } else { self.state.backing.read() };
         let command = Command { lun: &self.state, device: &*backing.device, limits: &backing.limits, no_wait };
         let cdb = Cdb::new(cdb);
@@ -317,6 +363,32 @@ impl Lun {
         let old = std::mem::replace(&mut *backing, new);
         self.state.attention.raise(Triple::INQUIRY_CHANGED);
         Ok(old.device)
+    }
+
+    /// Whether the image may be put behind this unit: it has its sectors and is no smaller.
+    pub fn fits(&self, device: &Arc<dyn BlockDevice>) -> Result<(), ConfigError> {
+        let new = Backing::new(Arc::clone(device), &self.state.config)?;
+        let lun = self.blocks() * u64::from(self.state.config.block_size);
+        if new.limits.size < lun { Err(ConfigError::TooLarge { image: new.limits.size, lun }) } else { Ok(()) }
+    }
+
+    /// Puts another image behind the unit where the two cannot be open at once. When the commands under way have ended, `bring`
+    /// is called with the unit holding no image, and returns the one to go on with (one that [fits](Self::fits)) and whether it is
+    /// another one. Until then commands end with BUSY, which initiators send again. Without an image they fail from then on.
+    pub fn exchange(&self, bring: impl FnOnce() -> Option<(Arc<dyn BlockDevice>, bool)>) {
+        let state = &self.state;
+        state.exchanging.store(true, Ordering::Release);
+        {
+            let mut backing = state.backing.write();
+            backing.device = Arc::new(Absent(backing.limits.clone()));
+        }
+        if let Some((device, another)) = bring() {
+            *state.backing.write() = Backing { limits: device.limits(), device };
+            if another {
+                state.attention.raise(Triple::INQUIRY_CHANGED);
+            }
+        }
+        state.exchanging.store(false, Ordering::Release);
     }
 
     /// The NAA designator that it has in VPD page 83h; none while it has no serial number.

@@ -15,7 +15,9 @@ core=$(core_of one)
 
 step "target port groups are reported as LIO has them"
 want_match "TPGS of INQUIRY" "$(sg_inq "$one")" "TPGS=[123]"
-report() { sg_rtpg -d "$one" 2>&1; }
+report() { # again after the unit attention that a change leaves
+    sg_rtpg -d "$one" 2>&1 || sg_rtpg -d "$one" 2>&1
+}
 want_match "the group" "$(report)" "target port group asymmetric access state : 0x00"
 rel=$(cat "$CONFIGFS/loopback/$(naa_of one)/tpgt_1/rtpi" 2>/dev/null ||
     cat "$CONFIGFS/loopback/$(naa_of one)/tpgt_1/lun/lun_0/statistics/scsi_port/indx")
