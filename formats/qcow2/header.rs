@@ -39,7 +39,8 @@ const MAX_SNAPSHOTS: u32 = 65536;
 const V2_LENGTH: u32 = 72;
 const V3_LENGTH: u32 = 104;
 
-mod extension {
+/// Types of header extensions.
+pub(super) mod extension {
     pub const END: u32 = 0;
     pub const BACKING_FORMAT: u32 = 0xe279_2aca;
     pub const FEATURE_NAMES: u32 = 0x6803_f857;

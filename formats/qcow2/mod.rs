@@ -3,7 +3,7 @@
 //! A file is a set of clusters. Two levels of tables lead from guest clusters to host clusters (`l1`, `l2`, `entry`, `mapping`); two more count the
 //! references to every host cluster (`refcount`, `allocate`), because clusters are shared with internal snapshots (`snapshots`) and between compressed
 //! clusters (`compressed`). Guest writes that need new clusters are in `write`, zeroing and discarding in `clear`; `metadata` knows which clusters must
-//! not be overwritten. `check` compares refcounts and references, `repair` mends. What the image's header says is in `header`.
+//! not be overwritten. `create` makes new images. `check` compares refcounts and references, `repair` mends. What the image's header says is in `header`.
 //!
 //! # Order of changes
 //! Raised refcounts and new tables are reservations, entries of L1 and L2 tables are publications (see [`crate::writeback`]). Refcounts are lowered
@@ -20,6 +20,7 @@ mod check;
 mod clear;
 mod compressed;
 mod counts;
+pub mod create;
 mod entry;
 mod grow;
 mod header;
