@@ -67,6 +67,29 @@ impl Gate {
         Ok((Arc::new(store), chain))
     }
 
+    /// Opens an overlay that the user named, to be put on the image of `chain`: a regular file that is not part of the chain.
+    ///
+    /// # Errors
+    /// As for [`Self::open_named`].
+    pub fn open_overlay(&self, chain: &mut Chain, path: &Path, writable: bool) -> Result<Arc<FileStore>> {
+        let file = open(path, writable)?;
+        let meta = file.metadata().map_err(|e| Error::io("cannot look at the file", e).at_path(path))?;
+        if !meta.is_file() {
+            return Err(Error::new(Kind::InvalidOption, "an overlay is a regular file, which this is not").at_path(path));
+        }
+        let id = (meta.dev(), meta.ino());
+        if chain.seen.contains(&id) {
+            return Err(Error::new(
+                Kind::InvalidOption,
+                "this is the image itself, or one of those below it, and cannot be its own overlay",
+            )
+            .at_path(path));
+        }
+        self.lock(&file, path, if writable { Use::Write } else { Use::Read })?;
+        chain.seen.push(id);
+        Ok(Arc::new(FileStore::new(file, path).map_err(|e| Error::io("cannot look at the file", e).at_path(path))?))
+    }
+
     /// Opens a file that the image at `by` names, read-only unless `writable` (an extent of a writable image). Relative names count from `by`'s directory.
     ///
     /// # Errors
@@ -139,14 +162,14 @@ fn open(path: &Path, writable: bool) -> Result<File> {
 }
 
 /// Where an open file really is.
-fn real_path(file: &File, path: &Path) -> Result<PathBuf> {
+pub(crate) fn real_path(file: &File, path: &Path) -> Result<PathBuf> {
     std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
         .or_else(|_| path.canonicalize())
         .map_err(|e| Error::io("cannot find out where the file really is", e).at_path(path))
 }
 
 /// "nbd:…", "json:{…}", "https://…": a colon before any slash.
-fn looks_like_protocol(name: &Path) -> bool {
+pub(crate) fn looks_like_protocol(name: &Path) -> bool {
     let bytes = name.as_os_str().as_encoded_bytes();
     bytes.iter().position(|b| *b == b':').is_some_and(|colon| !bytes[..colon].contains(&b'/'))
 }

@@ -15,6 +15,7 @@ mod read;
 mod write;
 
 use crate::cache::Cache;
+use crate::compressed::StreamKind;
 use crate::device::{BlockDevice, Limits, MapExtent, ZeroMode};
 use crate::error::{Error, Kind, Result};
 use crate::format::{CheckReport, Format, Place};
@@ -58,6 +59,8 @@ pub struct Image {
     discard: bool,
     guard: Option<RawGuard>,
     ranges: RangeLocks,
+    /// The compressed stream that the file is, if it is one.
+    stream: Option<StreamKind>,
     /// This image's name in the cache.
     id: u64,
     size: AtomicU64,
@@ -102,11 +105,24 @@ impl Image {
             discard: parts.discard,
             guard: parts.guard,
             ranges: RangeLocks::default(),
+            stream: None,
             id: Cache::new_owner(),
             changed: AtomicBool::new(false),
             first_change: Mutex::new(()),
             life: RwLock::new(Life::Open),
         })
+    }
+
+    /// Notes that the image lies in a compressed stream.
+    #[must_use]
+    pub fn in_stream(mut self, stream: Option<StreamKind>) -> Self {
+        self.stream = stream;
+        self
+    }
+
+    /// The compressed stream that the file is, if it is one.
+    pub fn stream(&self) -> Option<StreamKind> {
+        self.stream
     }
 
     /// The format's driver.
@@ -231,10 +247,12 @@ impl BlockDevice for Image {
     fn limits(&self) -> Limits {
         let limits = self.format.limits();
         let can_discard = self.discard && limits.can_discard && !self.read_only;
+        // A format that has no sector size of its own serves the sectors that the image below it was made for.
+        let below = self.parent.as_ref().map(|parent| parent.limits());
         Limits {
             size: self.size(),
-            sector: limits.sector,
-            physical_sector: limits.physical_sector,
+            sector: below.map_or(limits.sector, |below| below.sector.max(limits.sector)),
+            physical_sector: below.map_or(limits.physical_sector, |below| below.physical_sector.max(limits.physical_sector)),
             granularity: limits.unit,
             read_only: self.read_only,
             can_discard,

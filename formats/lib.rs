@@ -17,6 +17,7 @@ pub mod grace;
 pub mod image;
 pub mod locks;
 pub mod open;
+pub mod overlay;
 pub mod probe;
 pub mod qcow2;
 pub mod ranges;

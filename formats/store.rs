@@ -4,9 +4,11 @@ pub mod failing;
 mod file;
 mod memory;
 pub mod recording;
+mod throw_away;
 
 pub use file::FileStore;
 pub use memory::MemoryStore;
+pub use throw_away::ThrowAwayStore;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::path::Path;

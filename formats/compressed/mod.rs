@@ -26,7 +26,7 @@ mod gzip;
 mod lz4;
 mod lzip;
 mod options;
-mod scratch;
+pub(crate) mod scratch;
 mod sidecar;
 mod source;
 mod stream;
@@ -75,6 +75,43 @@ pub enum StreamKind {
     Lzip,
 }
 
+impl StreamKind {
+    const ALL: [Self; 7] = [Self::Gzip, Self::Xz, Self::Zstd, Self::Bzip2, Self::Lz4, Self::Lz4Legacy, Self::Lzip];
+
+    /// What people call it; also the first part of a format's name such as `xz+qcow2`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gzip => "gzip",
+            Self::Xz => "xz",
+            Self::Zstd => "zstd",
+            Self::Bzip2 => "bzip2",
+            Self::Lz4 => "lz4",
+            Self::Lz4Legacy => "lz4-legacy",
+            Self::Lzip => "lzip",
+        }
+    }
+
+    /// The stream of that name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
+/// What `store` is, if it is a compressed stream: its header alone is looked at.
+///
+/// # Errors
+/// The host's; `Unsupported` for a stream that is known and cannot be opened.
+pub fn kind(store: Arc<dyn Store>) -> Result<Option<StreamKind>> {
+    match recognise_through(&Source::new(store)?)? {
+        Some(StreamKind::Lz4Legacy) => Err(legacy_lz4()),
+        kind => Ok(kind),
+    }
+}
+
+fn legacy_lz4() -> Error {
+    Error::unsupported("a legacy lz4 stream (lz4 -l) has no sizes or checksums and is not supported: recompress it with `lz4 -d | lz4 -BI`")
+}
+
 /// What a file that begins with `first` (16 bytes or more, unless it is shorter) is, if it is a compressed stream. Skippable frames, with which zstd and lz4 streams may begin, are not seen
 /// through here, but by [`open`].
 pub fn recognise(first: &[u8]) -> Option<StreamKind> {
@@ -120,11 +157,7 @@ fn open_stream(store: Arc<dyn Store>, options: &Options, cache: &Arc<Cache>) -> 
         StreamKind::Zstd => indexed(sidecar, &context, "zstd", zstd::index, zstd::restore)?,
         StreamKind::Bzip2 => indexed(sidecar, &context, "bzip2", bzip2::index, bzip2::restore)?,
         StreamKind::Lz4 => indexed(sidecar, &context, "lz4", lz4::index, lz4::restore)?,
-        StreamKind::Lz4Legacy => {
-            return Err(Error::unsupported(
-                "a legacy lz4 stream (lz4 -l) has no sizes or checksums and is not supported: recompress it with `lz4 -d | lz4 -BI`",
-            ));
-        }
+        StreamKind::Lz4Legacy => return Err(legacy_lz4()),
         StreamKind::Lzip => boxed(lzip::index(&context)?),
     };
     finish(source, units, codec, options, cache).map(Some)

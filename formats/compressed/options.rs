@@ -63,7 +63,7 @@ impl Options {
     }
 
     /// The directory for scratch files; exists if at all possible.
-    pub(super) fn scratch_dir(&self) -> PathBuf {
+    pub(crate) fn scratch_dir(&self) -> PathBuf {
         if let Some(dir) = &self.scratch_dir {
             return dir.clone();
         }

@@ -19,12 +19,12 @@ const CHUNK: usize = 1 << 20;
 const HOLE: usize = 64 << 10;
 
 /// A file in `dir` that has no name and is gone when it is closed.
-pub(super) fn nameless_file(dir: &Path) -> io::Result<File> {
+pub(crate) fn nameless_file(dir: &Path) -> io::Result<File> {
     tempfile::tempfile_in(dir)
 }
 
 /// How many bytes a scratch file in `dir` may have if 5 % of the file system are to stay free.
-pub(super) fn room(dir: &Path) -> Result<u64> {
+pub(crate) fn room(dir: &Path) -> Result<u64> {
     let fs =
         rustix::fs::statvfs(dir).map_err(|error| Error::io("cannot tell the free space for a scratch file", error.into()).at_path(dir))?;
     let reserve = fs.f_blocks / 20;
