@@ -3,8 +3,10 @@
 use cfgstring::{Config, Discard, Spec, ZeroDetection};
 use formats::filter::partition;
 use formats::filter::window::Window;
+use formats::filter::zeroes::ZeroDetector;
 use formats::gate::Gate;
 use formats::open::RedoLogs;
+use formats::overlay::Overlay;
 use formats::{BlockDevice, Cache, Error, Image, Kind, OpenOptions, Result};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,6 +41,8 @@ pub enum Purpose {
     Serve,
     /// To read its contents.
     Read,
+    /// To see whether it opens.
+    Check,
     /// To look at it, also while others write to it: no locks.
     Inspect,
     /// To mend it: for writing whatever it says.
@@ -69,6 +73,25 @@ impl Environment {
         Ok(Disk { image, device })
     }
 
+    /// Whether what `spec` describes would open to be served, as far as that can be told in little time and without changing anything: compressed
+    /// streams are recognised, not decoded.
+    ///
+    /// # Errors
+    /// As for [`Self::open`], as far as they show.
+    pub fn check(&self, spec: &Spec) -> Result<()> {
+        let options = self.options(spec, Purpose::Check)?;
+        let empty = || Error::new(Kind::InvalidOption, "the disk inside has no bytes: it cannot be served").at_path(&spec.file);
+        match formats::open::check(&options)? {
+            Some(0) => return Err(empty()),
+            // The window needs the image's contents, which can be had.
+            Some(_) if spec.partition.is_some() || spec.offset != 0 || spec.size.is_some() => {
+                self.open(spec, Purpose::Check)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// What the keys mean to the engine.
     ///
     /// # Errors
@@ -79,13 +102,14 @@ impl Environment {
         options.format.clone_from(&spec.format);
         options.read_only = match purpose {
             Purpose::Serve => spec.read_only,
-            Purpose::Read | Purpose::Inspect => true,
+            Purpose::Read | Purpose::Check | Purpose::Inspect => true,
             Purpose::Repair => false,
         };
         options.repair = purpose == Purpose::Repair;
         options.ignore_discard = spec.discard == Discard::Ignore;
         options.parent.clone_from(&spec.parent);
         options.snapshot_name.clone_from(&spec.snapshot_name);
+        options.overlay = overlay(spec, purpose)?;
         options.gate = Gate { allowed: self.allowed.clone(), locking: purpose != Purpose::Inspect, ..Gate::default() };
         if purpose == Purpose::Serve {
             options.redo.clone_from(&self.redo);
@@ -106,23 +130,40 @@ fn filtered(spec: &Spec, image: &Arc<Image>) -> Result<Arc<dyn BlockDevice>> {
         }
         None => (spec.offset, spec.size),
     };
-    if start == 0 && len.is_none() {
-        return Ok(image.clone());
+    let mut device: Arc<dyn BlockDevice> = image.clone();
+    if start != 0 || len.is_some() {
+        device = Arc::new(Window::new(device, start, len)?);
     }
-    Ok(Arc::new(Window::new(image.clone(), start, len)?))
+    if spec.detect_zeroes != ZeroDetection::Off {
+        device = Arc::new(ZeroDetector::new(device, spec.detect_zeroes == ZeroDetection::Unmap));
+    }
+    Ok(device)
+}
+
+/// Where the writes go, if not to the image.
+fn overlay(spec: &Spec, purpose: Purpose) -> Result<Option<Overlay>> {
+    if let Some(path) = &spec.overlay {
+        if purpose == Purpose::Repair && !path.exists() {
+            return Err(Error::new(Kind::NotFound, "the overlay does not exist yet: there is nothing to repair").at_path(path));
+        }
+        return Ok(Some(Overlay::Kept { path: path.clone(), create: purpose == Purpose::Serve }));
+    }
+    let throw_away = Overlay::ThrowAway { dir: None };
+    match purpose {
+        Purpose::Serve | Purpose::Check if spec.snapshot && !spec.read_only => Ok(Some(throw_away)),
+        Purpose::Repair if spec.snapshot => Err(Error::new(
+            Kind::InvalidOption,
+            "with 'snapshot' nothing is written to the image, so it cannot be repaired: leave the key out",
+        )),
+        _ => Ok(None),
+    }
 }
 
 fn refuse_unsupported(spec: &Spec) -> Result<()> {
-    let refused = [
-        (spec.snapshot, "snapshot"),
-        (spec.overlay.is_some(), "overlay"),
-        (spec.detect_zeroes != ZeroDetection::Off, "detect-zeroes"),
-        (spec.direct, "direct"),
-    ];
-    match refused.iter().find(|(given, _)| *given) {
-        Some((_, key)) => Err(Error::unsupported(format!("the key '{key}' is not supported yet: leave it out"))),
-        None => Ok(()),
+    if spec.direct {
+        return Err(Error::unsupported("the key 'direct' is not supported yet: leave it out"));
     }
+    Ok(())
 }
 
 /// A daemon has no working directory that a user could mean.

@@ -54,6 +54,9 @@ pub fn describe(image: &Image) -> Value {
     let mut info = Map::new();
     info.insert("filename".into(), json!(image.path().to_string_lossy()));
     info.insert("format".into(), json!(image.format().name()));
+    if let Some(stream) = image.stream() {
+        info.insert("compressed-stream".into(), json!(stream.name()));
+    }
     info.insert("virtual-size".into(), json!(limits.size));
     if let Ok(metadata) = std::fs::metadata(image.path()) {
         // st_blocks counts 512 bytes, whatever the file system's block (stat(2)).
@@ -99,6 +102,9 @@ fn text(info: &Value) -> String {
     }
     if let Some(format) = field("format") {
         line("file format", plain(format));
+    }
+    if let Some(stream) = field("compressed-stream") {
+        line("compressed with", plain(stream));
     }
     if let Some(size) = field("virtual-size").and_then(Value::as_u64) {
         line("virtual size", format!("{} ({size} bytes)", human(size)));

@@ -1,6 +1,6 @@
 //! Whether a configuration string would do: its grammar, and whether the image behind it opens.
 
-use crate::image::{self, Environment, Purpose};
+use crate::image::{self, Environment};
 use cfgstring::Config;
 
 /// The grammar of the string after `img/`, as it comes from targetcli or a command line. The error is one line for people.
@@ -24,18 +24,13 @@ pub fn dev_config_syntax(dev_config: &[u8]) -> Result<Config, String> {
     Ok(config)
 }
 
-/// Opens the image, read-only, and asks for its size. May block for as long as its file system does.
+/// Looks at the image without changing anything. May block for as long as its file system does; decodes no compressed stream, which can take longer than
+/// anybody waits for an answer.
 ///
 /// # Errors
 /// Why it does not open.
 pub fn open(environment: &Environment, config: &Config) -> formats::Result<()> {
     let spec = environment.resolve(config)?;
     image::require_absolute(&spec)?;
-    let disk = environment.open(&spec, Purpose::Read)?;
-    if disk.device.limits().size == 0 {
-        return Err(
-            formats::Error::new(formats::Kind::InvalidOption, "the disk inside has no bytes: it cannot be served").at_path(&spec.file)
-        );
-    }
-    Ok(())
+    environment.check(&spec)
 }

@@ -51,7 +51,15 @@ fn describe(spec: &Spec, disk: Option<&Disk>) -> String {
     match disk {
         Some(disk) => {
             let read_only = if disk.device.limits().read_only { ", read-only" } else { "" };
-            format!("{} ({}{read_only})", spec.file.display(), disk.image.format().name())
+            // What was named, below an overlay if there is one.
+            let overlaid = spec.overlay.is_some() || spec.snapshot;
+            let image = disk.image.parent().filter(|_| overlaid).unwrap_or(&disk.image);
+            let writes = match &spec.overlay {
+                Some(overlay) => format!(", writes go to {}", overlay.display()),
+                None if spec.snapshot => ", writes are thrown away".to_owned(),
+                None => String::new(),
+            };
+            format!("{} ({}{read_only}{writes})", spec.file.display(), image.format().name())
         }
         None => format!("{} (lost)", spec.file.display()),
     }
