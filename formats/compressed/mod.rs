@@ -35,7 +35,7 @@ mod workers;
 mod xz;
 mod zstd;
 
-pub use options::{Options, Progress, terminal_bar};
+pub use options::{Options, Progress, log_lines, terminal_bar};
 
 use crate::cache::Cache;
 use crate::error::{Error, Kind, Result};

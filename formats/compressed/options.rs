@@ -1,6 +1,7 @@
 //! What the user may say about compressed streams, and progress reports.
 
 use super::codec::IN_MEMORY;
+use parking_lot::Mutex;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,7 +26,7 @@ pub struct Options {
     pub in_memory: u64,
     /// The most bytes of memory that one decoder may need (the dictionary of xz, the window of zstd).
     pub memory_limit: u64,
-    /// Told how far indexing or decoding is. By default draws a bar when standard error is a terminal.
+    /// Told how far indexing or decoding is. By default draws a bar when standard error is a terminal, and otherwise logs a line now and then.
     pub progress: Option<Progress>,
 }
 
@@ -38,7 +39,7 @@ impl Default for Options {
             scratch_limit: None,
             in_memory: IN_MEMORY,
             memory_limit: 256 << 20,
-            progress: std::io::stderr().is_terminal().then(terminal_bar),
+            progress: Some(if std::io::stderr().is_terminal() { terminal_bar() } else { log_lines() }),
         }
     }
 }
@@ -119,5 +120,21 @@ pub fn terminal_bar() -> Progress {
         // A terminal that is gone is no reason to stop.
         let _ = write!(err, "\r{what}: [{}{}] {percent:3} % of {} MiB{end}", "#".repeat(filled), " ".repeat(25 - filled), total >> 20);
         let _ = err.flush();
+    })
+}
+
+/// How often [`log_lines`] says something.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Lines in the log: for a server, whose users wonder why a disk does not come up.
+pub fn log_lines() -> Progress {
+    let last = Mutex::new(Instant::now());
+    Arc::new(move |what, done, total| {
+        let percent = (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or(100);
+        let mut last = last.lock();
+        if last.elapsed() >= LOG_INTERVAL {
+            *last = Instant::now();
+            tracing::info!("{what}: {percent} % of {} MiB", total >> 20);
+        }
     })
 }

@@ -11,7 +11,7 @@ use super::workers::Workers;
 use crate::cache::{Cache, Decoded};
 use crate::error::{Error, Kind, Result};
 use crate::store::Store;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use std::io::{self, IoSliceMut};
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -26,6 +26,7 @@ const READERS: usize = 4;
 /// An opened stream.
 pub(super) struct Stream {
     inner: Arc<Inner>,
+    ahead: Arc<Ahead>,
     readers: Mutex<[SequentialReader; READERS]>,
 }
 
@@ -41,6 +42,56 @@ struct Inner {
     in_memory: u64,
     /// Some unit is known to be zeros.
     has_zeros: bool,
+}
+
+/// What helper threads do for a stream. They hold the file, and with it the file's locks: a stream is closed when they are done.
+#[derive(Default)]
+struct Ahead {
+    state: Mutex<AheadState>,
+    done: Condvar,
+}
+
+#[derive(Default)]
+struct AheadState {
+    running: usize,
+    closed: bool,
+}
+
+impl Ahead {
+    /// Gives up what has not begun and waits for the rest: as long as it takes to decode one unit, at most.
+    fn close(&self) {
+        let mut state = self.state.lock();
+        state.closed = true;
+        while state.running > 0 {
+            self.done.wait(&mut state);
+        }
+    }
+}
+
+/// A unit that is being decoded ahead; holds the stream's parts.
+struct Job {
+    inner: Option<Arc<Inner>>,
+    ahead: Arc<Ahead>,
+}
+
+impl Job {
+    /// `None`: the stream is closed.
+    fn begin(inner: &Weak<Inner>, ahead: Weak<Ahead>) -> Option<Self> {
+        let ahead = ahead.upgrade()?;
+        let mut state = ahead.state.lock();
+        let inner = inner.upgrade().filter(|_| !state.closed)?;
+        state.running += 1;
+        drop(state);
+        Some(Self { inner: Some(inner), ahead })
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.inner = None;
+        self.ahead.state.lock().running -= 1;
+        self.ahead.done.notify_all();
+    }
 }
 
 /// Somebody who reads from front to back, perhaps.
@@ -71,7 +122,7 @@ impl Stream {
     ) -> Self {
         let has_zeros = units.spans().iter().any(Span::is_zero);
         let inner = Inner { source, units, codec, cache, owner: Cache::new_owner(), scratch, in_memory, has_zeros };
-        Self { inner: Arc::new(inner), readers: Mutex::default() }
+        Self { inner: Arc::new(inner), ahead: Arc::default(), readers: Mutex::default() }
     }
 
     /// What people call the stream's format.
@@ -150,10 +201,11 @@ impl Stream {
             if span.is_zero() || span.len > inner.in_memory || !is_kept || inner.cache.is_here_or_coming(inner.key(number)) {
                 continue;
             }
-            let stream: Weak<Inner> = Arc::downgrade(inner);
+            let (stream, ahead) = (Arc::downgrade(inner), Arc::downgrade(&self.ahead));
             let span = *span;
             let submitted = workers.submit(move || {
-                if let Some(inner) = stream.upgrade() {
+                let job = Job::begin(&stream, ahead);
+                if let Some(inner) = job.as_ref().and_then(|job| job.inner.as_ref()) {
                     // An error is met again by whoever needs the unit.
                     let _ = inner.find(number, &span);
                 }
@@ -252,6 +304,12 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.cache.forget(self.owner);
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.ahead.close();
     }
 }
 

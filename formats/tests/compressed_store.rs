@@ -265,6 +265,28 @@ fn sequential_reads_are_decoded_ahead() {
 }
 
 #[test]
+fn a_closed_stream_holds_its_file_no_more() {
+    let workshop = Workshop::new(12 << 20);
+    workshop.run("xz -0 -T2 --block-size=1MiB -c disk > out");
+    let path = workshop.path("out").canonicalize().unwrap();
+    let held = || {
+        let files = std::fs::read_dir("/proc/self/fd").unwrap();
+        files.filter(|fd| std::fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|file| file == path)).count()
+    };
+    for round in 0..5 {
+        let stream = workshop.open("out").unwrap().unwrap();
+        assert_eq!(held(), 1);
+        let mut buf = vec![0; 64 << 10];
+        // From front to back, so that the helpers are at work when the stream is closed.
+        for n in 0..4 + round {
+            read(&*stream, &mut buf, n * (64 << 10));
+        }
+        drop(stream);
+        assert_eq!(held(), 0, "the helpers still have the file open");
+    }
+}
+
+#[test]
 fn the_stream_cannot_be_written() {
     let workshop = Workshop::new(1000);
     workshop.run("gzip -c disk > out");
