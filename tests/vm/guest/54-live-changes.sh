@@ -74,8 +74,10 @@ sum=$(sha256sum <"$DISK")
 
 step "the write cache off and on"
 echo 0 >"$core/attrib/emulate_write_cache"
-want_match "WCE" "$(sg_modes -p 8 -6 "$DISK" 2>&1 | tail -n 3; sdparm --get=WCE "$DISK" 2>/dev/null)" "WCE +0|00     08 12 10|0 *\["
+caching() { sg_modes -p 8 -6 "$DISK" 2>&1 | grep '^ 00 '; }
+want_match "the caching page" "$(caching)" "00     08 12 00"
 echo 1 >"$core/attrib/emulate_write_cache"
+want_match "the caching page" "$(caching)" "00     08 12 04"
 blockdev --flushbufs "$DISK"
 want_equal "the disk's digest" "$(sha256sum <"$DISK")" "$sum"
 lun_down loopback live

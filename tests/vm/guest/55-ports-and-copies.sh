@@ -27,18 +27,21 @@ step "the administrator changes the state"
 echo 1 >"$core/alua/default_tg_pt_gp/alua_access_state"
 want_match "the group" "$(report)" "active/non optimized|active/non-optimized"
 step "an initiator changes the state"
-text=$(sg_stpg --tp=0 --state=oa "$one" 2>&1) || fail "sg_stpg: $text"
+text=$(sg_stpg --tp=0 --state=0 "$one" 2>&1) || fail "sg_stpg: $text"
 want_equal "the state that LIO has" "$(cat "$core/alua/default_tg_pt_gp/alua_access_state")" 0
 want_match "why" "$(cat "$core/alua/default_tg_pt_gp/alua_access_status")" "Explicit"
-must_fail sg_stpg --tp=77 --state=oa "$one"
+report >/dev/null
+want_match "the answer about a group that is not there" "$(sg_stpg --tp=77 --state=0 "$one" 2>&1)" "Illegal request"
 
+generic() { echo "/dev/$(ls "/sys/block/${1##*/}/device/scsi_generic")"; }
+from=$(generic "$one") to=$(generic "$two")
 step "EXTENDED COPY from one unit to the other"
-text=$(sg_xcopy if="$one" of="$two" bs=512 count=16384 seek=64 id_usage=disable verbose=1 2>&1) || fail "sg_xcopy: $text"
+text=$(sg_xcopy if="$from" of="$to" bs=512 count=16384 seek=64 id_usage=disable verbose=1 2>&1) || fail "sg_xcopy: $text"
 blockdev --flushbufs "$two"
 want_same <(dd if=/scratch/p/one.raw bs=512 count=16384 status=none) <(dd if="$two" bs=512 skip=64 count=16384 iflag=direct status=none)
 step "a unit that is gone is not reached"
 loopback_down two
-must_fail sg_xcopy if="$one" of="$two" bs=512 count=64
+must_fail sg_xcopy if="$from" of="$to" bs=512 count=64
 loopback_down one
 delete_backstore one
 delete_backstore two
