@@ -92,7 +92,7 @@ macro_rules! for_each_kind {
         $tests!(raw raw_odd_length
             qcow2 qcow2_v2 qcow2_512 qcow2_4k qcow2_2m qcow2_odd_size qcow2_refcount1 qcow2_refcount2 qcow2_refcount4 qcow2_refcount8
             qcow2_refcount32 qcow2_refcount64 qcow2_lazy qcow2_zlib qcow2_zstd qcow2_snapshots qcow2_compressed_snapshots qcow2_bitmap
-            qcow2_on_raw qcow2_chain qcow2_v2_on_raw
+            qcow2_on_raw qcow2_chain qcow2_v2_on_raw overlay_on_gzip overlay_on_vhdx
             vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
             vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
             raw_gzip raw_bgzf raw_xz raw_zstd raw_bzip2 raw_lz4 raw_lzip
@@ -109,7 +109,7 @@ macro_rules! for_each_writable_kind {
         $tests!(raw raw_odd_length
             qcow2 qcow2_v2 qcow2_512 qcow2_4k qcow2_2m qcow2_odd_size qcow2_refcount1 qcow2_refcount2 qcow2_refcount4 qcow2_refcount8
             qcow2_refcount32 qcow2_refcount64 qcow2_lazy qcow2_zlib qcow2_zstd qcow2_snapshots qcow2_compressed_snapshots qcow2_bitmap
-            qcow2_on_raw qcow2_chain qcow2_v2_on_raw
+            qcow2_on_raw qcow2_chain qcow2_v2_on_raw overlay_on_gzip overlay_on_vhdx
             vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
             vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096);
     };

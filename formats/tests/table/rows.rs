@@ -219,6 +219,42 @@ pub fn qcow2_chain() -> Kind {
     overlaid(kind("qcow2_chain", "qcow2", 3 << 20), "qcow2", 2, &["-o", "cluster_size=8k"])
 }
 
+/// An overlay of our own making on what `command` makes of the file `source`, written to here and there.
+fn our_overlay(kind: Kind, command: &'static str) -> Kind {
+    Kind {
+        make: Box::new(move |kind, dir| {
+            let mut content = guest::initial(kind.size);
+            fs::write(dir.join("source"), &content).unwrap();
+            let made = Command::new("bash").args(["-ec", command]).current_dir(dir).status().unwrap();
+            assert!(made.success(), "{command}");
+            fs::remove_file(dir.join("source")).unwrap();
+            let overlay = formats::overlay::Overlay::Kept { path: dir.join("image"), create: true };
+            let options = formats::OpenOptions { overlay: Some(overlay), ..formats::OpenOptions::new(dir.join("base")) };
+            let image = formats::open(&options).unwrap_or_else(|e| panic!("{}: {}", kind.name, e.chain()));
+            let mut rng = StdRng::seed_from_u64(kind.size);
+            for _ in 0..6 {
+                let at = rng.random_range(0..content.len() / 512) * 512;
+                let len = (rng.random_range(1..120) * 512).min(content.len() - at);
+                rng.fill_bytes(&mut content[at..at + len]);
+                super::open::write(&*image, at as u64, &content[at..at + len]).unwrap();
+            }
+            image.close().unwrap();
+            Made { file: dir.join("image"), content }
+        }),
+        ..kind
+    }
+}
+
+/// Over a compressed stream, which QEMU cannot read.
+pub fn overlay_on_gzip() -> Kind {
+    our_overlay(Kind { qemu: false, qemu_check: false, ..kind("overlay_on_gzip", "qcow2", (2 << 20) + 1024) }, "gzip -1c source >base")
+}
+
+/// Over a VHDX.
+pub fn overlay_on_vhdx() -> Kind {
+    our_overlay(kind("overlay_on_vhdx", "qcow2", 3 << 20), "qemu-img convert -q -f raw -O vhdx -o block_size=1M source base")
+}
+
 /// Version 2 on a backing file: it has no zero clusters.
 pub fn qcow2_v2_on_raw() -> Kind {
     overlaid(kind("qcow2_v2_on_raw", "qcow2", 2 << 20), "raw", 0, &["-o", "compat=0.10,cluster_size=4k"])
