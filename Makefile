@@ -5,6 +5,7 @@
 #   make lint         formatting, clippy and rustdoc, warnings are errors
 #   make test-long    the long modes: everything in QEMU as well, crash and kill loops
 #   make bench        criterion benchmarks, then the comparison with the peers in the guest
+#   make bench-formats  reads by format and stream, beside QEMU and nbdkit (if there is one)
 #   make fuzz-smoke   each fuzz target for a minute (needs a nightly toolchain and cargo-fuzz)
 
 SHELL := /bin/bash
@@ -73,8 +74,12 @@ lint: toolchain install
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --workspace --no-deps --locked --document-private-items
 
 bench: build
-	cargo bench --workspace --locked
+	cargo bench --workspace --locked --bench ring
 	tests/vm/suite --uml --bin $(BIN) 90
+
+bench-formats: toolchain install
+	cargo bench --locked --bench formats
+.PHONY: bench-formats
 
 fuzz-smoke: toolchain
 	@[ -d fuzz ] || { echo "make: there are no fuzz targets"; exit 1; }
