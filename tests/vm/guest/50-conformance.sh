@@ -4,7 +4,7 @@
 start_daemon
 mkdir -p /scratch/c
 differ=
-for case in ${CONFORMANCE:-raw:512 qcow2:512 raw:4096}; do
+for case in ${CONFORMANCE:-raw:512 qcow2:512 raw:4096 vhdx:512}; do
     format=${case%:*} block=${case#*:} name=c$format$block
     step "$format, blocks of $block"
     qemu-img create -q -f "$format" "/scratch/c/$name" 256M
