@@ -118,6 +118,13 @@ impl Device {
         self.backing.lock().describe()
     }
 
+    /// The file that may need more space on the host as the disk is written; none where nothing is written.
+    pub fn growing_file(&self) -> Option<PathBuf> {
+        let backing = self.backing.lock();
+        let disk = backing.disk.as_ref().filter(|disk| !disk.device.limits().read_only)?;
+        Some(disk.image.path().to_path_buf())
+    }
+
     /// The configuration now in force, as the kernel has it, and what it means.
     pub fn config(&self) -> (String, Spec) {
         let backing = self.backing.lock();

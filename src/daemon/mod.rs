@@ -22,6 +22,7 @@ pub mod log;
 mod notify;
 mod rings;
 mod serial;
+mod space;
 mod surroundings;
 
 use crate::config::Configuration;
@@ -111,6 +112,7 @@ pub fn run(options: &Options, configuration: &Configuration) -> Result<(), Failu
         environment: Arc::clone(&environment),
     });
     listen(&configfs, &devices, options.event_buffer.unwrap_or(EVENT_BUFFER), messages.clone())?;
+    space::watch(devices.clone())?;
     join_bus(options, &environment, messages)?;
     let daemon = Daemon { options, environment, redo, devices: &devices, inbox: &inbox, guest: Cell::new(false) };
     daemon.ready();

@@ -8,6 +8,7 @@ use crate::scsi::opcode::Reply;
 use crate::scsi::sense::{Fault, Triple};
 use crate::scsi::verify::{CHUNK, compare};
 use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
 
 /// MAXIMUM ATOMIC TRANSFER LENGTH (VPD B0). A single block is as much as can be promised to be whole after a power cut: a
 /// longer write passes through the host's page cache, which may have written any part of it.
@@ -30,11 +31,30 @@ pub fn compare_and_write(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'
     }
     {
         let _exclusive = command.lun.ranges.exclusive(range.clone());
-        compare(command, range.clone(), 0, data)?;
+        match compare(command, range.clone(), 0, data) {
+            // The process that died may have written some of it, and nobody was told: each block is then the old or the new one.
+            Err(_) if command.again && is_either_half(command, range.clone(), data)? => {}
+            result => result?,
+        }
         command.device.write(&data.slices(len, len), range.start).map_err(|e| command.write_error(&e))?;
     }
     command.settle(cdb.has(1, FUA))?;
     Ok(Reply::Done)
+}
+
+/// Every block of the range is that of the first or that of the second half of the data.
+fn is_either_half(command: &Command<'_>, range: Range<u64>, data: &Data<'_, '_>) -> Result<bool, Fault> {
+    let len = range.end - range.start;
+    let mut block = vec![0; usize::try_from(command.block_size()).unwrap_or(0)];
+    let mut at = 0;
+    while at < len {
+        command.device.read(&mut [IoSliceMut::new(&mut block)], range.start + at).map_err(|e| command.read_error(&e))?;
+        if data.first_difference(at, &block).is_some() && data.first_difference(len + at, &block).is_some() {
+            return Ok(false);
+        }
+        at += command.block_size();
+    }
+    Ok(true)
 }
 
 pub fn or_write(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>) -> Result<Reply, Fault> {

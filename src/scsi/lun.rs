@@ -279,21 +279,28 @@ impl Lun {
 
     /// Does one command. Thread-safe: as many at once as callers like.
     pub fn execute(&self, cdb: &[u8], data: &mut Data<'_, '_>) -> Outcome {
-        self.run(cdb, data, false).unwrap_or(Outcome { status: Status::Busy, sense: None, data_in: None })
+        self.run(cdb, data, Manner::Whole).unwrap_or(Outcome { status: Status::Busy, sense: None, data_in: None })
+    }
+
+    /// Does a command that a process before this one may have done in part or whole without telling anybody.
+    pub fn execute_again(&self, cdb: &[u8], data: &mut Data<'_, '_>) -> Outcome {
+        self.run(cdb, data, Manner::Again).unwrap_or(Outcome { status: Status::Busy, sense: None, data_in: None })
     }
 
     /// Does the command if that needs no wait: it is answered from memory, or reads what is in memory. `None` means that
     /// nothing happened, and that the buffer may have changed.
     pub fn try_execute(&self, cdb: &[u8], data: &mut Data<'_, '_>) -> Option<Outcome> {
-        self.run(cdb, data, true)
+        self.run(cdb, data, Manner::NoWait)
     }
 
-    fn run(&self, cdb: &[u8], data: &mut Data<'_, '_>, no_wait: bool) -> Option<Outcome> {
+    fn run(&self, cdb: &[u8], data: &mut Data<'_, '_>, manner: Manner) -> Option<Outcome> {
+        let no_wait = manner == Manner::NoWait;
         if self.state.exchanging.load(Ordering::Acquire) {
             return None;
         }
         let backing = if no_wait { self.state.backing.try_read()? } else { self.state.backing.read() };
-        let command = Command { lun: &self.state, device: &*backing.device, limits: &backing.limits, no_wait };
+        let again = manner == Manner::Again;
+        let command = Command { lun: &self.state, device: &*backing.device, limits: &backing.limits, no_wait, again };
         let cdb = Cdb::new(cdb);
         let result = match command.find(&cdb) {
             Ok(entry) if no_wait && entry.blocking == Blocking::May => return None,
@@ -432,13 +439,13 @@ impl State {
     /// Calls `run` with the image held in place, unless somebody is about to replace it.
     pub(super) fn with_command<R>(self: &Arc<Self>, run: impl FnOnce(&Command<'_>) -> R) -> Option<R> {
         let backing = self.backing.try_read()?;
-        Some(run(&Command { lun: self, device: &*backing.device, limits: &backing.limits, no_wait: false }))
+        Some(run(&Command { lun: self, device: &*backing.device, limits: &backing.limits, no_wait: false, again: false }))
     }
 
     /// The same, waiting for the replacement. Not for a thread that holds another unit's image.
     pub(super) fn with_command_waiting<R>(self: &Arc<Self>, run: impl FnOnce(&Command<'_>) -> R) -> R {
         let backing = self.backing.read();
-        run(&Command { lun: self, device: &*backing.device, limits: &backing.limits, no_wait: false })
+        run(&Command { lun: self, device: &*backing.device, limits: &backing.limits, no_wait: false, again: false })
     }
 }
 
@@ -449,6 +456,16 @@ pub struct Command<'a> {
     pub(super) limits: &'a Limits,
     /// Give up with [`Reply::WouldBlock`] rather than wait.
     pub(super) no_wait: bool,
+    /// Another process may have done it, in part or whole, and died.
+    pub(super) again: bool,
+}
+
+/// How a command is done.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Manner {
+    Whole,
+    NoWait,
+    Again,
 }
 
 impl Command<'_> {

@@ -3,10 +3,13 @@
 use super::Service;
 use crate::scsi::opcode::{self, Direction};
 use crate::scsi::{Data, Lun, Outcome, Status};
-use crate::tcmu::{Command, Completion};
+use crate::tcmu::{Command, Completion, TaskManagement};
 
 impl Service for Lun {
     fn try_execute(&self, command: &mut Command) -> Option<Completion> {
+        if command.recovered() {
+            return None;
+        }
         let (cdb, mut data) = command.parts();
         let mut slices = data.slices_mut();
         let outcome = Lun::try_execute(self, cdb, &mut Data::new(&mut slices))?;
@@ -14,10 +17,16 @@ impl Service for Lun {
     }
 
     fn execute(&self, command: &mut Command) -> Completion {
+        let recovered = command.recovered();
         let (cdb, mut data) = command.parts();
         let mut slices = data.slices_mut();
-        let outcome = Lun::execute(self, cdb, &mut Data::new(&mut slices));
+        let mut data = Data::new(&mut slices);
+        let outcome = if recovered { self.execute_again(cdb, &mut data) } else { Lun::execute(self, cdb, &mut data) };
         completion(outcome, cdb)
+    }
+
+    fn task_management(&self, notice: &TaskManagement) {
+        tracing::debug!("the target manages tasks: {notice:?}");
     }
 }
 

@@ -243,6 +243,30 @@ fn compare_and_write_swaps_or_tells_where_not() {
     assert_eq!(disk.cdb_fault(&compare_and_write(0, 5, 0), &[0; 2 * 256 * 512]), (13, None), "256 blocks do not fit");
 }
 
+/// A process that was killed has written all, some or nothing of it. What was neither is still a miscompare.
+#[test]
+fn compare_and_write_is_taken_over_from_a_dead_process() {
+    let (old, new) = (pattern(8 * 512, 1), pattern(8 * 512, 2));
+    let both = [old.clone(), new.clone()].concat();
+    for written in 0..=8 {
+        let disk = Disk::new();
+        disk.write(&cdb10(0x2A, 0, 5, 8), &[&new[..written * 512], &old[written * 512..]].concat());
+        if written > 0 {
+            assert_eq!(disk.triple(&compare_and_write(0, 5, 8), &both), MISCOMPARE);
+        }
+        let mut data = both.clone();
+        let outcome = disk.lun.execute_again(&compare_and_write(0, 5, 8), &mut Data::new(&mut [IoSliceMut::new(&mut data)]));
+        assert_eq!(outcome, good(), "{written} blocks written");
+        assert_eq!(disk.memory.bytes()[5 * 512..13 * 512], new);
+        let mut other = [new.clone(), old.clone()].concat();
+        other[3 * 512] ^= 1;
+        other[11 * 512] ^= 1;
+        let outcome = disk.lun.execute_again(&compare_and_write(0, 5, 8), &mut Data::new(&mut [IoSliceMut::new(&mut other)]));
+        assert_eq!(outcome.status, Status::CheckCondition);
+        assert_eq!(disk.memory.bytes()[5 * 512..13 * 512], new);
+    }
+}
+
 #[test]
 fn compare_and_write_is_atomic() {
     let disk = Arc::new(Disk::new());

@@ -18,6 +18,11 @@ want_match "what dd says" "$OUTPUT" "no space|input/output|critical space"
 dmesg | tail -n 40 >/bed/out/dmesg
 want_match "the sense, in the kernel's log" "$(cat /bed/out/dmesg)" "data protect|space allocation failed|critical space"
 want_match "the daemon's log" "$(tail -n 50 "$LOG")" "space"
+step "a warning"
+warned() { grep -q "MiB are left on the file system" "$LOG"; }
+wait_for "$PATIENCE" warned || fail "the log does not warn"
+dd if="$DISK" of=/dev/null bs=4k count=1 iflag=direct status=none
+want_match "the kernel's log" "$(dmesg | tail -n 20)" "thin provisioning soft threshold"
 want_equal "what was written before" "$(dd if="$DISK" bs=1M count=16 iflag=direct status=none | tr -d 'A' | wc -c)" 0
 step "room again"
 rm /scratch/small/filler
