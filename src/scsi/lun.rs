@@ -206,7 +206,7 @@ impl Absent {
 
 impl BlockDevice for Absent {
     fn limits(&self) -> Limits {
-        self.0.clone()
+        self.0
     }
 
     fn read(&self, _: &mut [IoSliceMut<'_>], _: u64) -> formats::Result<()> {
@@ -387,7 +387,7 @@ impl Lun {
         state.exchanging.store(true, Ordering::Release);
         {
             let mut backing = state.backing.write();
-            backing.device = Arc::new(Absent(backing.limits.clone()));
+            backing.device = Arc::new(Absent(backing.limits));
         }
         if let Some((device, another)) = bring() {
             *state.backing.write() = Backing { limits: device.limits(), device };
