@@ -172,13 +172,7 @@ impl Reader<'_> {
     fn write(&mut self, shared: &Arc<Shared>, workers: &Workers, request: Request, replies: &mut Replies) -> io::Result<()> {
         if request.len > u64::from(wire::MAX_PAYLOAD) {
             self.skip(request.len)?;
-            replies.error(
-                shared.agreed,
-                request.cookie,
-                request.offset,
-                errno::EOVERFLOW,
-                "the payload is longer than the published maximum",
-            );
+            replies.error(shared.agreed, request.cookie, request.offset, errno::EINVAL, "the payload is longer than the published maximum");
             return Ok(());
         }
         let len = usize::try_from(request.len).unwrap_or(0);
@@ -186,7 +180,10 @@ impl Reader<'_> {
         let payload = if buffered == len {
             self.buffer.get(self.start..self.start + len).unwrap_or_default()
         } else if len <= INPUT / 2 {
-            self.fill(len)?;
+            if !self.fill(len)? {
+                // Gone before the first byte of it: what the buffer holds is not the client's.
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             self.buffer.get(self.start..self.start + len).unwrap_or_default()
         } else {
             self.payload.resize(len, 0);
