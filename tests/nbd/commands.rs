@@ -1,86 +1,7 @@
-//! The NBD export under clients that others wrote: libnbd's tools, qemu-img and qemu-io, and under clients that mean harm.
+//! The NBD export under clients that others wrote: libnbd's tools, qemu-img and qemu-io, fio.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-
-struct Server {
-    child: Child,
-    directory: tempfile::TempDir,
-}
-
-impl Server {
-    /// Serves an image that `make` puts into a directory; `more` goes to the command line.
-    fn new(make: impl FnOnce(&Path) -> PathBuf, more: &[&str]) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let image = make(directory.path());
-        let child = Command::new(env!("CARGO_BIN_EXE_img-tcmu"))
-            .arg("nbd")
-            .arg("--socket")
-            .arg(directory.path().join("socket"))
-            .args(more)
-            .arg(image)
-            .stderr(Stdio::inherit())
-            .spawn()
-            .unwrap();
-        let server = Self { child, directory };
-        let start = Instant::now();
-        while UnixStream::connect(server.directory.path().join("socket")).is_err() {
-            assert!(start.elapsed() < Duration::from_secs(30), "the server does not listen");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        server
-    }
-
-    fn uri(&self) -> String {
-        format!("nbd+unix:///?socket={}/socket", self.directory.path().display())
-    }
-
-    fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(self.directory.path().join("socket")).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        stream
-    }
-
-    /// Ends it as an operator would; it must end well.
-    fn end(mut self) {
-        Command::new("kill").arg(self.child.id().to_string()).status().unwrap();
-        let status = self.child.wait().unwrap();
-        assert!(status.success(), "{status}");
-        assert!(!self.directory.path().join("socket").exists(), "the socket is removed");
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn run(command: &str, args: &[&str]) -> String {
-    // nbdsh runs the first python3 that it finds; libnbd's module belongs to the system's.
-    let out = Command::new(command)
-        .args(args)
-        .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
-        .output()
-        .unwrap_or_else(|e| panic!("{command}: {e} (packages libnbd-bin, python3-libnbd, qemu-utils)"));
-    let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
-    assert!(out.status.success(), "{command} {args:?}: {text}");
-    text
-}
-
-fn raw(directory: &Path) -> PathBuf {
-    let path = directory.join("disk.raw");
-    std::fs::File::create(&path).unwrap().set_len(16 << 20).unwrap();
-    path
-}
-
-fn sample(name: &'static str) -> impl FnOnce(&Path) -> PathBuf {
-    move |_| Path::new(env!("CARGO_MANIFEST_DIR")).join("samples").join(name)
-}
+use crate::harness::{Server, raw, run, sample};
+use std::path::Path;
 
 #[test]
 fn clients_see_the_disk_and_its_holes() {
@@ -169,50 +90,179 @@ fn a_read_only_export_says_so() {
     server.end();
 }
 
-/// Bytes that are no NBD, requests cut short, promises of payloads that never come, and hundreds of idle connections: the next client is served.
+/// Random writes with checksums by two jobs, then the image as qemu-img sees it.
 #[test]
-fn clients_that_mean_harm_harm_nobody() {
+fn fio_verifies_what_it_wrote() {
+    let server = Server::new(
+        |directory| {
+            let path = directory.join("disk.qcow2");
+            run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "64M"]);
+            path
+        },
+        &[],
+    );
+    let uri = format!("--uri={}", server.uri());
+    run(
+        "fio",
+        &[
+            "--name=verify",
+            "--ioengine=nbd",
+            &uri,
+            "--iodepth=16",
+            "--rw=randwrite",
+            "--bsrange=512-64k",
+            "--ba=512",
+            "--size=24M",
+            "--offset_increment=32M",
+            "--numjobs=2",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--do_verify=1",
+            "--verify_state_save=0",
+            "--randseed=9",
+        ],
+    );
+    let image = server.directory.path().join("disk.qcow2");
+    let copy = server.directory.path().join("copy");
+    // What the file lacks until then.
+    run("qemu-io", &["-f", "raw", "-c", "flush", &server.uri()]);
+    run("nbdcopy", &[&server.uri(), copy.to_str().unwrap()]);
+    run("qemu-img", &["compare", "-U", "-f", "raw", "-F", "qcow2", copy.to_str().unwrap(), image.to_str().unwrap()]);
+    run("qemu-img", &["bench", "-f", "raw", "-c", "2000", "-d", "16", "-w", "-s", "4k", &server.uri()]);
+    run("qemu-img", &["bench", "-f", "raw", "-c", "2000", "-d", "16", "-s", "64k", &server.uri()]);
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::rename(&image, directory.path().join("disk.qcow2")).unwrap();
+    server.end();
+    run("qemu-img", &["check", "-q", directory.path().join("disk.qcow2").to_str().unwrap()]);
+}
+
+/// What goes in through the export comes out of it, and out of the file: the clients' own copies, in both directions, with every length of
+/// reply (simple, structured, and extended where libnbd has them).
+#[test]
+fn copies_in_and_out_agree() {
     let server = Server::new(raw, &[]);
-    let mut x = 7u64;
-    let mut random = move || {
-        x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        x >> 33
-    };
-    let mut hello = [0; 18];
-    for round in 0..150 {
-        let mut stream = server.connect();
-        stream.read_exact(&mut hello).unwrap();
-        let mut bytes = 3u32.to_be_bytes().to_vec();
-        if round % 3 > 0 {
-            bytes.extend(b"IHAVEOPT");
-            let option = [1u32, 3, 6, 7, 8, 9, 10, 11, 99][random() as usize % 9];
-            bytes.extend(option.to_be_bytes());
-            bytes.extend((random() as u32 % 70_000).to_be_bytes());
-        }
-        bytes.extend((0..random() % 300).map(|_| random() as u8));
-        // It may hang up on us.
-        let _ = stream.write_all(&bytes);
+    let source = server.directory.path().join("source");
+    let mut bytes = vec![0u8; 16 << 20];
+    for (at, chunk) in bytes.chunks_mut(100_000).enumerate().filter(|(at, _)| at % 3 > 0) {
+        chunk.fill((at % 251) as u8 + 1);
     }
-    for _ in 0..60 {
-        let mut stream = server.connect();
-        stream.read_exact(&mut hello).unwrap();
-        stream.write_all(&3u32.to_be_bytes()).unwrap();
-        stream.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
-        let mut answer = [0; 10];
-        stream.read_exact(&mut answer).unwrap();
-        let mut request = Vec::new();
-        request.extend(0x2560_9513u32.to_be_bytes());
-        request.extend((random() as u16 & 0x3F).to_be_bytes());
-        request.extend((random() as u16 % 12).to_be_bytes());
-        request.extend(random().to_be_bytes());
-        request.extend([0, random(), u64::MAX - 5, 16 << 20][random() as usize % 4].to_be_bytes());
-        request.extend([0u32, 512, u32::MAX, 33 << 20][random() as usize % 4].to_be_bytes());
-        let _ = stream.write_all(&request);
-        let _ = stream.write_all(&[0; 100]);
+    std::fs::write(&source, &bytes).unwrap();
+    for connections in ["1", "4"] {
+        run("nbdcopy", &["--connections", connections, "--flush", source.to_str().unwrap(), &server.uri()]);
+        assert!(std::fs::read(server.directory.path().join("disk.raw")).unwrap() == bytes);
+        run("qemu-io", &["-f", "raw", "-c", "write -z -u 0 16M", &server.uri()]);
     }
-    let idle: Vec<UnixStream> = (0..300).map(|_| server.connect()).collect();
-    run("nbdinfo", &["--size", &server.uri()]);
-    drop(idle);
-    run("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", "-c", "read -P 1 0 4k", &server.uri()]);
+    run("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", source.to_str().unwrap(), &server.uri()]);
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", source.to_str().unwrap(), &server.uri()]);
+    let out = server.directory.path().join("out.qcow2");
+    run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &server.uri(), out.to_str().unwrap()]);
+    run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", source.to_str().unwrap(), out.to_str().unwrap()]);
+    server.end();
+}
+
+/// The map as nbdinfo prints it is the engine's.
+#[test]
+fn the_map_is_that_of_the_engine() {
+    for name in ["overlay.qcow2", "cloud.qcow2", "over-raw.qcow2"] {
+        let server = Server::new(sample(name), &["--read-only"]);
+        let runs = |text: &str, start: &str, length: &str, is_data: &dyn Fn(&serde_json::Value) -> bool| {
+            let mut found: Vec<(u64, bool)> = Vec::new();
+            for run in serde_json::from_str::<serde_json::Value>(text).unwrap().as_array().unwrap() {
+                assert!(run[length].as_u64().unwrap() > 0);
+                if found.last().is_none_or(|(_, last)| *last != is_data(run)) {
+                    found.push((run[start].as_u64().unwrap(), is_data(run)));
+                }
+            }
+            found
+        };
+        let theirs = run("nbdinfo", &["--map", "--json", &server.uri()]);
+        let image = sample(name)(Path::new(""));
+        let ours = run(env!("CARGO_BIN_EXE_img-tcmu"), &["map", "--json", "-U", image.to_str().unwrap()]);
+        let nbd = runs(&theirs, "offset", "length", &|run| run["type"].as_u64().unwrap() & 2 == 0);
+        let map = runs(&ours, "start", "length", &|run| !run["zero"].as_bool().unwrap());
+        assert_eq!(nbd, map, "{name}");
+        server.end();
+    }
+}
+
+/// Every error that the protocol has for a command, and that the connection lives on after each.
+#[test]
+fn errors_are_answered_and_the_connection_lives_on() {
+    let server = Server::new(raw, &["--name", "here"]);
+    let script = r#"
+import errno
+def fails(numbers, call, *args, **kw):
+    try:
+        call(*args, **kw)
+    except nbd.Error as e:
+        assert e.errnum in numbers, (call, args, e.errnum, e.string)
+    else:
+        raise AssertionError((call, args))
+    assert h.pread(4, 0) == b"live"
+h.set_strict_mode(0)
+h.add_meta_context("base:allocation")
+h.add_meta_context("qemu:allocation-depth")
+h.set_export_name("here")
+h.connect_unix(SOCKET)
+assert h.can_meta_context("base:allocation") and not h.can_meta_context("qemu:allocation-depth")
+assert h.can_multi_conn() and h.can_fua() and h.can_flush() and h.can_zero() and h.can_fast_zero() and h.can_cache() and h.can_df()
+assert h.get_block_size(nbd.SIZE_MINIMUM) == 1 and h.get_block_size(nbd.SIZE_MAXIMUM) == 32 << 20
+h.pwrite(b"live", 0)
+size = h.get_size()
+inval, nospc = [errno.EINVAL], [errno.ENOSPC]
+huge = 1 << 62
+for at in (size, huge, (1 << 64) - 512):
+    fails(inval, h.pread, 512, at)
+    fails(nospc, h.pwrite, b"x" * 512, at)
+    fails(nospc, h.zero, 512, at)
+    fails(nospc + inval, h.trim, 512, at)
+    fails(inval, h.cache, 512, at)
+    fails(inval, h.block_status, 512, at, lambda *a: 0)
+fails(inval, h.pread, 33 << 20, 0)
+fails(inval, h.pread, 512, 0, nbd.CMD_FLAG_FAST_ZERO)
+fails(inval, h.pwrite, b"x", 9, nbd.CMD_FLAG_DF)
+fails(inval, h.flush, nbd.CMD_FLAG_NO_HOLE)
+fails(inval, h.trim, 512, 0, nbd.CMD_FLAG_FAST_ZERO)
+fails(inval, h.zero, 512, 512, nbd.CMD_FLAG_REQ_ONE)
+fails(inval, h.cache, 512, 0, nbd.CMD_FLAG_FUA)
+fails(inval, h.block_status, 512, 0, lambda *a: 0, nbd.CMD_FLAG_NO_HOLE)
+for call in (lambda: h.zero(0, 0), lambda: h.trim(0, 0), lambda: h.cache(0, 0), lambda: h.pwrite(b"", 0)):
+    fails(inval, call)
+# Many at once, answered in any order, each with its own data.
+buffers = []
+for i in range(500):
+    buffers.append(h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray([i % 250 + 1]) * 700), 4096 + i * 700))
+def finish(cookies):
+    for cookie in cookies:
+        while not h.aio_command_completed(cookie):
+            h.poll(-1)
+finish(buffers)
+buffers = []
+for i in range(500):
+    buffer = nbd.Buffer(700)
+    buffers.append((buffer, i, h.aio_pread(buffer, 4096 + i * 700)))
+finish([cookie for _, _, cookie in buffers])
+for buffer, i, _ in buffers:
+    assert buffer.to_bytearray() == bytearray([i % 250 + 1]) * 700, i
+h.shutdown()
+for name in ("there", "x" * 4096):
+    g = nbd.NBD()
+    g.set_export_name(name)
+    try:
+        g.connect_unix(SOCKET)
+    except nbd.Error as e:
+        pass
+    else:
+        raise AssertionError(name)
+# Without structured replies, and without any negotiation at all: the oldest ways still work.
+for set_up in (lambda g: g.set_request_structured_replies(False), lambda g: g.set_handshake_flags(0), lambda g: g.set_opt_mode(False)):
+    g = nbd.NBD()
+    set_up(g)
+    g.connect_unix(SOCKET)
+    assert g.pread(4, 0) == b"live"
+    g.shutdown()
+"#;
+    let socket = server.directory.path().join("socket");
+    run("nbdsh", &["-c", &format!("SOCKET = \"{}\"", socket.display()), "-c", script]);
     server.end();
 }

@@ -15,11 +15,45 @@ pub struct Agreed {
     pub allocation: bool,
 }
 
-/// Negotiates. `None`: the client left in good order.
+/// What the connection is protected by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Security {
+    /// Nothing, and there is nothing.
+    None,
+    /// Nothing yet: nothing is said or done before STARTTLS (FORCEDTLS of the protocol's document).
+    Wanted,
+    /// TLS.
+    Tls,
+}
+
+/// How a negotiation ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// In transmission.
+    Agreed(Agreed),
+    /// The client left in good order.
+    Left,
+    /// The client's next byte begins TLS; inside it, options go on from the start.
+    StartTls,
+}
+
+/// Negotiates without TLS. `None`: the client left in good order.
 ///
 /// # Errors
 /// The connection's; `InvalidData` for what is no NBD, after which nothing can be said any more.
 pub fn negotiate(stream: &mut (impl Read + Write), export: &Export) -> io::Result<Option<Agreed>> {
+    let no_zeroes = greet(stream)?;
+    match haggle(stream, export, no_zeroes, Security::None)? {
+        Outcome::Agreed(agreed) => Ok(Some(agreed)),
+        Outcome::Left | Outcome::StartTls => Ok(None),
+    }
+}
+
+/// The greeting. Whether the client does without 124 zeros after the answer to EXPORT_NAME.
+///
+/// # Errors
+/// As for [`negotiate`].
+pub fn greet(stream: &mut (impl Read + Write)) -> io::Result<bool> {
     let mut hello = Vec::new();
     hello.extend(wire::INIT_MAGIC.to_be_bytes());
     hello.extend(wire::OPTION_MAGIC.to_be_bytes());
@@ -30,7 +64,14 @@ pub fn negotiate(stream: &mut (impl Read + Write), export: &Export) -> io::Resul
     if flags & !known != 0 {
         return Err(invalid(format!("the client sent unknown handshake flags {flags:#x}")));
     }
-    let no_zeroes = flags & u32::from(wire::FLAG_NO_ZEROES) != 0;
+    Ok(flags & u32::from(wire::FLAG_NO_ZEROES) != 0)
+}
+
+/// The options, until the client goes on or leaves.
+///
+/// # Errors
+/// As for [`negotiate`].
+pub fn haggle(stream: &mut (impl Read + Write), export: &Export, no_zeroes: bool, security: Security) -> io::Result<Outcome> {
     let mut agreed = Agreed::default();
     loop {
         if u64::from_be_bytes(take(stream)?) != wire::OPTION_MAGIC {
@@ -50,6 +91,21 @@ pub fn negotiate(stream: &mut (impl Read + Write), export: &Export) -> io::Resul
         let mut data = vec![0; len as usize];
         stream.read_exact(&mut data)?;
         match number {
+            option::STARTTLS if security == Security::Wanted && data.is_empty() => {
+                answer(stream, number, option_reply::ACK, b"")?;
+                return Ok(Outcome::StartTls);
+            }
+            option::EXPORT_NAME if security == Security::Wanted => {
+                return Err(invalid("the client asked for the export without TLS".into()));
+            }
+            option::ABORT | option::STARTTLS => {}
+            _ if security == Security::Wanted => {
+                answer(stream, number, option_reply::ERR_TLS_REQD, b"this server insists on TLS")?;
+                continue;
+            }
+            _ => {}
+        }
+        match number {
             option::EXPORT_NAME => {
                 if !names(export, &data) {
                     // The option has no error reply: the connection is dropped.
@@ -62,12 +118,12 @@ pub fn negotiate(stream: &mut (impl Read + Write), export: &Export) -> io::Resul
                     reply.resize(reply.len() + 124, 0);
                 }
                 stream.write_all(&reply)?;
-                return Ok(Some(agreed));
+                return Ok(Outcome::Agreed(agreed));
             }
             option::ABORT => {
                 // The client may be gone already.
                 let _ = answer(stream, number, option_reply::ACK, b"");
-                return Ok(None);
+                return Ok(Outcome::Left);
             }
             option::LIST if data.is_empty() => {
                 let mut entry = Vec::new();
@@ -86,14 +142,15 @@ pub fn negotiate(stream: &mut (impl Read + Write), export: &Export) -> io::Resul
             }
             option::INFO | option::GO => {
                 if information(stream, number, &data, export, agreed)? && number == option::GO {
-                    return Ok(Some(agreed));
+                    return Ok(Outcome::Agreed(agreed));
                 }
             }
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => contexts(stream, number, &data, export, &mut agreed)?,
             option::LIST | option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => {
                 answer(stream, number, option_reply::ERR_INVALID, b"this option takes no data")?;
             }
-            option::STARTTLS => answer(stream, number, option_reply::ERR_UNSUP, b"this server has no TLS")?,
+            option::STARTTLS if security == Security::None => answer(stream, number, option_reply::ERR_UNSUP, b"this server has no TLS")?,
+            option::STARTTLS => answer(stream, number, option_reply::ERR_INVALID, b"TLS is on, or the option came with data")?,
             _ => answer(stream, number, option_reply::ERR_UNSUP, b"unknown option")?,
         }
     }

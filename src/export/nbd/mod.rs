@@ -1,12 +1,14 @@
 //! NBD: negotiation and framing over one block device.
 //!
 //! [`wire`] has the protocol's numbers, [`handshake`] the negotiation, [`session`] the transmission of one connection, [`reply`] the encoding of
-//! answers, [`server`] the sockets. Clause names refer to the NBD protocol's document (doc/proto.md of the reference implementation).
+//! answers, [`server`] the sockets, [`stream`] and [`tls`] what goes over them. Clause names refer to the NBD protocol's document (doc/proto.md of the reference implementation).
 
 mod handshake;
 mod reply;
 pub mod server;
 mod session;
+mod stream;
+pub mod tls;
 mod wire;
 
 pub use server::{Listen, Server};

@@ -1,13 +1,15 @@
 //! The sockets: where to listen, who may connect, and the end.
 
 use super::Export;
-use super::handshake;
+use super::handshake::{self, Outcome, Security};
 use super::session::{self, Workers};
+use super::stream::{Both, Patient, Stream};
+use super::tls::Tls;
 use nix::sys::signal::Signal;
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::io::{self, Write};
+use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,10 +17,6 @@ use std::time::Duration;
 
 /// Connections at the same time; further ones are closed at once.
 const MAX_CONNECTIONS: usize = 1024;
-/// A negotiation that takes longer than this between two bytes is given up.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A client that takes nothing for so long is gone: others need the workers.
-const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +25,8 @@ pub enum Listen {
     Unix(PathBuf),
     /// An address and port, like `[::1]:10809`.
     Tcp(String),
+    /// The socket that the service manager, or a client, opened for us (LISTEN_FDS of sd_listen_fds(3)).
+    Passed,
 }
 
 impl std::fmt::Display for Listen {
@@ -34,6 +34,7 @@ impl std::fmt::Display for Listen {
         match self {
             Self::Unix(path) => path.display().fmt(f),
             Self::Tcp(address) => f.write_str(address),
+            Self::Passed => f.write_str("the socket that was passed"),
         }
     }
 }
@@ -43,39 +44,13 @@ enum Socket {
     Tcp(TcpListener),
 }
 
-/// A connection.
-trait Stream: Read + Write + Send + 'static {
-    fn second(&self) -> io::Result<Box<dyn Stream>>;
-    fn timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()>;
-    fn hang_up(&self);
-}
-
-macro_rules! stream {
-    ($name:ty) => {
-        impl Stream for $name {
-            fn second(&self) -> io::Result<Box<dyn Stream>> {
-                Ok(Box::new(self.try_clone()?))
-            }
-            fn timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
-                self.set_read_timeout(read)?;
-                self.set_write_timeout(write)
-            }
-            fn hang_up(&self) {
-                // It may be closed already.
-                let _ = self.shutdown(Shutdown::Both);
-            }
-        }
-    };
-}
-stream!(UnixStream);
-stream!(TcpStream);
-
 /// A server of one export.
 pub struct Server {
     socket: Socket,
     /// To be removed at the end.
     path: Option<PathBuf>,
     export: Export,
+    tls: Option<Tls>,
     workers: Workers,
     connections: Arc<AtomicUsize>,
 }
@@ -85,13 +60,15 @@ impl Server {
     ///
     /// # Errors
     /// The host's: the path exists, the port is taken.
-    pub fn new(listen: &Listen, export: Export) -> io::Result<Self> {
+    pub fn new(listen: &Listen, export: Export, tls: Option<Tls>) -> io::Result<Self> {
+        allow_many_files();
         let (socket, path) = match listen {
             Listen::Unix(path) => (Socket::Unix(UnixListener::bind(path)?), Some(path.clone())),
             Listen::Tcp(address) => (Socket::Tcp(TcpListener::bind(address.as_str())?), None),
+            Listen::Passed => (passed()?, None),
         };
         let cpus = std::thread::available_parallelism().map_or(2, usize::from);
-        Ok(Self { socket, path, export, workers: Workers::new((2 * cpus).max(4))?, connections: Arc::default() })
+        Ok(Self { socket, path, export, tls, workers: Workers::new((2 * cpus).max(4))?, connections: Arc::default() })
     }
 
     /// The address in use, for whoever asked for port 0.
@@ -148,9 +125,9 @@ impl Server {
             tracing::warn!("{MAX_CONNECTIONS} connections are open: another one is refused");
             return;
         }
-        let (export, workers, connections) = (self.export.clone(), self.workers.clone(), self.connections.clone());
+        let (export, tls, workers, connections) = (self.export.clone(), self.tls.clone(), self.workers.clone(), self.connections.clone());
         let spawned = std::thread::Builder::new().name("nbd-client".into()).stack_size(512 << 10).spawn(move || {
-            match converse(stream, &export, &workers) {
+            match converse(stream, &export, tls.as_ref(), &workers) {
                 Ok(()) => tracing::debug!("a client left"),
                 Err(e) => tracing::info!(error = %e, "a connection ended"),
             }
@@ -172,14 +149,62 @@ impl Drop for Server {
     }
 }
 
-fn converse(mut stream: Box<dyn Stream>, export: &Export, workers: &Workers) -> io::Result<()> {
-    stream.timeouts(Some(HANDSHAKE_TIMEOUT), Some(SEND_TIMEOUT))?;
-    let Some(agreed) = handshake::negotiate(&mut stream, export)? else { return Ok(()) };
-    stream.timeouts(None, Some(SEND_TIMEOUT))?;
-    let output: session::Output = Box::new(Sending(stream.second()?));
-    let result = session::serve(&mut stream, output, export, agreed, workers);
-    stream.hang_up();
+fn converse(stream: Box<dyn Stream>, export: &Export, tls: Option<&Tls>, workers: &Workers) -> io::Result<()> {
+    let second = stream.second()?;
+    let mut input = Patient::new(stream);
+    let Some(tls) = tls else {
+        let Some(agreed) = handshake::negotiate(&mut input, export)? else { return Ok(()) };
+        input.lift()?;
+        let result = session::serve(&mut input, Box::new(Sending(second)), export, agreed, workers);
+        input.hang_up();
+        return result;
+    };
+    let no_zeroes = handshake::greet(&mut input)?;
+    if handshake::haggle(&mut input, export, no_zeroes, Security::Wanted)? != Outcome::StartTls {
+        return Ok(());
+    }
+    let (mut input, mut output) = tls.accept(input, second)?;
+    let outcome = handshake::haggle(&mut Both(&mut input, &mut output), export, no_zeroes, Security::Tls);
+    let result = match outcome {
+        Ok(Outcome::Agreed(agreed)) => {
+            input.lift()?;
+            session::serve(&mut input, Box::new(output.second()), export, agreed, workers)
+        }
+        Ok(Outcome::Left | Outcome::StartTls) => Ok(()),
+        Err(error) => Err(error),
+    };
+    output.close();
     result
+}
+
+/// Two descriptors a connection are more than the usual limit of 1024 has for them all.
+fn allow_many_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let wanted = 4 * MAX_CONNECTIONS as u64;
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(soft, hard)| if soft < wanted { setrlimit(Resource::RLIMIT_NOFILE, wanted.min(hard), hard) } else { Ok(()) });
+    if let Err(error) = raised {
+        tracing::debug!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// The one socket that was passed.
+fn passed() -> io::Result<Socket> {
+    let mut sockets = listenfd::ListenFd::from_env();
+    if sockets.len() != 1 {
+        return Err(io::Error::other(format!("{} sockets were passed (LISTEN_FDS), and one is wanted", sockets.len())));
+    }
+    if let Ok(Some(listener)) = sockets.take_unix_listener(0) {
+        listener.set_nonblocking(false)?;
+        return Ok(Socket::Unix(listener));
+    }
+    match sockets.take_tcp_listener(0)? {
+        Some(listener) => {
+            listener.set_nonblocking(false)?;
+            Ok(Socket::Tcp(listener))
+        }
+        None => Err(io::Error::other("the socket that was passed is gone")),
+    }
 }
 
 /// A sending half that ends the whole connection when it fails, so that the reader notices.

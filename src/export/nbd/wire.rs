@@ -44,6 +44,7 @@ pub mod option_reply {
     pub const META_CONTEXT: u32 = 4;
     pub const ERR_UNSUP: u32 = 0x8000_0001;
     pub const ERR_INVALID: u32 = 0x8000_0003;
+    pub const ERR_TLS_REQD: u32 = 0x8000_0005;
     pub const ERR_UNKNOWN: u32 = 0x8000_0006;
     pub const ERR_TOO_BIG: u32 = 0x8000_0009;
 }
@@ -110,7 +111,6 @@ pub mod errno {
     pub const EIO: u32 = 5;
     pub const EINVAL: u32 = 22;
     pub const ENOSPC: u32 = 28;
-    pub const EOVERFLOW: u32 = 75;
     pub const ENOTSUP: u32 = 95;
 }
 
