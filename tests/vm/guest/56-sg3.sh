@@ -39,11 +39,11 @@ want_same /scratch/s/data /scratch/s/back
 good sg_verify --lba=0 --count=128 "$DISK"
 good sg_verify --16 --lba=0 --count=128 "$DISK"
 good sg_write_verify --16 --lba=256 --num=128 --in=/scratch/s/data "$DISK"
-good sg_compare_and_write --lba=256 --num=1 --in=<(head -c 512 /scratch/s/data; head -c 512 /dev/zero) --xferlen=1024 "$DISK"
-must_fail sg_compare_and_write --lba=256 --num=1 --in=<(head -c 512 /scratch/s/data; head -c 512 /dev/zero) --xferlen=1024 "$DISK"
+(head -c 512 /scratch/s/data; head -c 512 /dev/zero) >/scratch/s/both
+good sg_compare_and_write --lba=256 --num=1 --in=/scratch/s/both --xferlen=1024 "$DISK"
+must_fail sg_compare_and_write --lba=256 --num=1 --in=/scratch/s/both --xferlen=1024 "$DISK"
 want_match "the answer" "$OUTPUT" "miscompare|compare"
 good sg_sync "$DISK"
-good sg_prefetch --lba=0 --num=128 "$DISK" || true
 step "provisioning"
 good sg_get_lba_status --lba=0 "$DISK"
 want_match "LBA 0" "$OUTPUT" "mapped"
