@@ -152,3 +152,44 @@ fn a_thousand_connections_and_clients_that_dawdle() {
     }
     server.end();
 }
+
+/// Clients that ask for much and take none of it: their answers wait, the workers do not, and the next client is served at once.
+#[test]
+fn clients_that_do_not_read_hold_up_nobody() {
+    // Compressed noise: reading it takes a worker.
+    let server = Server::new(
+        |directory| {
+            let raw = directory.join("noise");
+            let mut x = 1u64;
+            let noise: Vec<u8> = (0..16 << 20)
+                .map(|_| {
+                    x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    (x >> 56) as u8 & 0x3F
+                })
+                .collect();
+            std::fs::write(&raw, noise).unwrap();
+            let image = directory.join("disk.qcow2");
+            run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", "-c", raw.to_str().unwrap(), image.to_str().unwrap()]);
+            image
+        },
+        &[],
+    );
+    let _deaf: Vec<UnixStream> = (0..12)
+        .map(|_| {
+            let mut stream = transmission(&server);
+            let requests: Vec<u8> = (0..64).flat_map(|n| request(0, n * 200_000, 1 << 20)).collect();
+            stream.write_all(&requests).unwrap();
+            stream
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(500));
+    let start = Instant::now();
+    run(
+        "qemu-io",
+        &["-f", "raw", "-c", "write -P 1 1M 64k", "-c", "flush", "-c", "read 8M 1M", "-c", "discard 2M 1M", "-c", "flush", &server.uri()],
+    );
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    // 12 connections of at most 64 MiB and what one more request needs.
+    assert!(server.peak_memory() < 1500, "{} MiB", server.peak_memory());
+    // They are given up after a while; nobody waits for that here.
+}

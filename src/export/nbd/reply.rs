@@ -26,6 +26,12 @@ impl Replies {
         }
     }
 
+    /// All that waits, to be sent by somebody else.
+    pub fn into_bytes(mut self) -> Vec<u8> {
+        self.bytes.truncate(self.len);
+        self.bytes
+    }
+
     /// Takes back everything after the first `len` bytes.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);

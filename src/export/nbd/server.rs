@@ -1,6 +1,7 @@
 //! The sockets: where to listen, who may connect, and the end.
 
 use super::Export;
+use super::delivery::Sink;
 use super::handshake::{self, Outcome, Security};
 use super::session::{self, Workers};
 use super::stream::{Both, Patient, Stream};
@@ -209,6 +210,12 @@ fn passed() -> io::Result<Socket> {
 
 /// A sending half that ends the whole connection when it fails, so that the reader notices.
 struct Sending(Box<dyn Stream>);
+
+impl Sink for Sending {
+    fn has_room(&self) -> bool {
+        self.0.has_room()
+    }
+}
 
 impl Write for Sending {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -2,15 +2,17 @@
 //!
 //! One thread reads the connection. What it can do without waiting for a disk (reads from the page cache, writes) it does itself, and it sends the
 //! answers to all requests that had arrived together in one go. What may wait goes to the workers, which all connections share, and is answered
-//! from there.
+//! from there, but a worker never waits for a client: what does not fit into the socket now is left to a thread of the connection's own
+//! ([`delivery`](super::delivery)).
 
 use super::Export;
+use super::delivery::Delivery;
 use super::handshake::Agreed;
 use super::reply::Replies;
 use super::wire::{self, command, command_flag, errno};
 use formats::{BlockDevice, Error, Kind, ZeroMode};
-use parking_lot::{Condvar, Mutex};
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use parking_lot::Mutex;
+use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -19,15 +21,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 const INPUT: usize = 256 << 10;
 /// Answers are sent when so many bytes wait, even if more requests have arrived.
 const SEND_AT: usize = 512 << 10;
-/// Requests of one connection that the workers have at the same time; further ones are done by the connection's own thread.
-const MAX_HANDED: usize = 64;
 /// Reads of holes of at least this length are answered without the zeros.
 const MIN_HOLE: u32 = 4096;
 /// The most runs that one BLOCK_STATUS tells.
 const MAX_RUNS: usize = 1024;
 
-/// A connection's sending half.
-pub type Output = Box<dyn Write + Send>;
+pub use super::delivery::Output;
 
 /// Threads that do what may wait.
 #[derive(Clone)]
@@ -64,16 +63,13 @@ struct Request {
 struct Shared {
     device: Arc<dyn BlockDevice>,
     agreed: Agreed,
-    output: Mutex<Output>,
-    /// Requests that the workers have.
-    handed: Mutex<usize>,
-    fewer: Condvar,
+    delivery: Arc<Delivery>,
 }
 
 impl Shared {
     fn send(&self, replies: &mut Replies) -> io::Result<()> {
         if replies.len() > 0 {
-            self.output.lock().write_all(replies.pending())?;
+            self.delivery.send(replies.pending())?;
             replies.clear();
         }
         Ok(())
@@ -85,19 +81,10 @@ impl Shared {
 /// # Errors
 /// The connection's; `InvalidData` when the client does not speak NBD any more.
 pub fn serve(input: &mut dyn Read, output: Output, export: &Export, agreed: Agreed, workers: &Workers) -> io::Result<()> {
-    let shared = Arc::new(Shared {
-        device: export.device.clone(),
-        agreed,
-        output: Mutex::new(output),
-        handed: Mutex::new(0),
-        fewer: Condvar::new(),
-    });
+    let shared = Arc::new(Shared { device: export.device.clone(), agreed, delivery: Arc::new(Delivery::new(output)) });
     let result = Reader { input, buffer: vec![0; INPUT], start: 0, end: 0, payload: Vec::new() }.run(&shared, workers);
     // What the workers still have belongs to this connection.
-    let mut handed = shared.handed.lock();
-    while *handed > 0 {
-        shared.fewer.wait(&mut handed);
-    }
+    shared.delivery.finish();
     result
 }
 
@@ -245,22 +232,16 @@ fn read(shared: &Arc<Shared>, workers: &Workers, request: Request, replies: &mut
 
 /// Gives a request to the workers, or does it here when they have enough of this connection.
 fn hand(shared: &Arc<Shared>, workers: &Workers, request: Request, replies: &mut Replies) {
-    {
-        let mut handed = shared.handed.lock();
-        if *handed >= MAX_HANDED {
-            drop(handed);
-            return execute(shared, request, replies);
-        }
-        *handed += 1;
+    // What its answer may take: that much memory is the connection's until the client has it.
+    let cost = if request.kind == command::READ { usize::try_from(request.len).unwrap_or(usize::MAX) } else { 0 };
+    if !shared.delivery.begin(cost) {
+        return execute(shared, request, replies);
     }
     let mine = shared.clone();
     let work = move || {
         let mut replies = Replies::default();
         execute(&mine, request, &mut replies);
-        // A client that is gone is its reader's to notice.
-        let _ = mine.send(&mut replies);
-        *mine.handed.lock() -= 1;
-        mine.fewer.notify_all();
+        mine.delivery.deliver(replies.into_bytes(), cost);
     };
     if let Err(refused) = workers.0.send(Box::new(work)) {
         refused.0();

@@ -1,7 +1,9 @@
 //! Connections as bytes: Unix or TCP, and how long a client may keep us waiting.
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,8 @@ pub trait Stream: Read + Write + Send + 'static {
     fn timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()>;
     /// Ends it, for all handles.
     fn hang_up(&self);
+    /// Whether a small write would not have to wait.
+    fn has_room(&self) -> bool;
 }
 
 macro_rules! stream {
@@ -35,6 +39,10 @@ macro_rules! stream {
             fn hang_up(&self) {
                 // It may be closed already.
                 let _ = self.shutdown(Shutdown::Both);
+            }
+            fn has_room(&self) -> bool {
+                let mut poll_fd = [PollFd::new(self.as_fd(), PollFlags::POLLOUT)];
+                poll(&mut poll_fd, PollTimeout::ZERO) == Ok(1)
             }
         }
     };

@@ -4,6 +4,7 @@
 //! while the socket is waited for. What is encrypted must reach the socket in the order in which it was encrypted: whoever writes holds the socket's
 //! lock first and takes the state's inside it.
 
+use super::delivery::Sink;
 use super::stream::{Patient, Stream};
 use parking_lot::Mutex;
 use rustls::crypto::ring::default_provider;
@@ -198,6 +199,12 @@ impl Sending {
         // It may be gone already.
         let _ = self.0.send(&[]);
         self.0.output.lock().hang_up();
+    }
+}
+
+impl Sink for Sending {
+    fn has_room(&self) -> bool {
+        self.0.output.try_lock().is_some_and(|output| output.has_room())
     }
 }
 
