@@ -38,16 +38,17 @@ demo: build
 test: test-cargo test-samples test-vm test-smp
 	@echo "make test: all parts passed"
 
-# A second opinion on VHDX that Debian does not package; in an environment of its own unless it is there already.
+# A second opinion on VHDX, and a writer of seekable zstd, that Debian does not package; in an environment of their own unless they are there already.
 readers: install
-	@python3 -c 'import dissect.hypervisor' 2>/dev/null || target/python/bin/python -c 'import dissect.hypervisor' 2>/dev/null || \
-	    { python3 -m venv target/python && target/python/bin/pip -q install dissect.hypervisor; }
+	@python3 -c 'import dissect.hypervisor, pyzstd' 2>/dev/null || \
+	    target/python/bin/python -c 'import dissect.hypervisor, pyzstd' 2>/dev/null || \
+	    { python3 -m venv target/python && target/python/bin/pip -q install dissect.hypervisor pyzstd; }
 .PHONY: readers
 
 test-cargo: toolchain install readers
 	@cargo nextest --version >/dev/null 2>&1 || cargo install --locked cargo-nextest || \
 	    echo "make: cargo-nextest cannot be installed, using cargo test"
-	python3 -c 'import dissect.hypervisor' 2>/dev/null || export DISSECT_PYTHON=$(CURDIR)/target/python/bin/python; \
+	python3 -c 'import dissect.hypervisor, pyzstd' 2>/dev/null || export DISSECT_PYTHON=$(CURDIR)/target/python/bin/python; \
 	if cargo nextest --version >/dev/null 2>&1; then \
 	    cargo nextest run --workspace --locked && cargo test --workspace --locked --doc -q; \
 	else \

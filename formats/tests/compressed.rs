@@ -52,6 +52,8 @@ streams! {
     zstd_frames_without_sizes: "split -b 500000 disk part.; for p in part.*; do zstd -qc < $p >> out; done";
     zstd_without_checksums: "zstd -q --no-check -19 -c disk > out";
     pzstd: "pzstd -q -p 2 -c disk > out";
+    // pip install pyzstd; DISSECT_PYTHON names the Python that has it (`make readers`).
+    zstd_seekable: "${DISSECT_PYTHON:-python3} -c 'import pyzstd; f = pyzstd.SeekableZstdFile(\"out\", \"w\", max_frame_content_size=300000); f.write(open(\"disk\", \"rb\").read()); f.close()'";
     bzip2: "bzip2 -c disk > out";
     bzip2_small_blocks: "bzip2 -1c disk > out";
     lbzip2: "lbzip2 -n2 -c disk > out";
