@@ -68,13 +68,17 @@ pub(crate) fn open(opener: &Opener<'_>) -> Result<Option<Arc<Image>>> {
 }
 
 fn throw_away(opener: &Opener<'_>, base: Base, dir: Option<&Path>) -> Result<Option<Arc<Image>>> {
-    let dir = dir.map_or_else(|| compressed::Options::default().scratch_dir(), Path::to_path_buf);
-    let fail = |e| Error::io("cannot make a throw-away overlay", e).at_path(&dir);
-    let room = scratch::room(&dir)?;
+    if opener.glance {
+        // The default directory is made when it is needed.
+        dir.map(scratch::room).transpose()?;
+    }
     let Some(image) = base.image else { return Ok(None) };
     if opener.glance || opener.options.read_only {
         return Ok(Some(image));
     }
+    let dir = dir.map_or_else(|| compressed::Options::default().scratch_dir(), Path::to_path_buf);
+    let fail = |e| Error::io("cannot make a throw-away overlay", e).at_path(&dir);
+    let room = scratch::room(&dir)?;
     let file = scratch::nameless_file(&dir).map_err(fail)?;
     let store: Arc<dyn Store> = Arc::new(ThrowAwayStore::new(file, &dir, room).map_err(fail)?);
     // Nobody resolves the name; but that there is a backing file makes zeros differ from what was never written.

@@ -125,6 +125,7 @@ fn a_snapshot_is_thrown_away() {
     let plain = fs::read(bed.path("disk")).expect("read");
     let config = bed.config("@snapshot=on");
     bed.good(&["check-config", &config]);
+    assert!(!bed.path("cache").exists(), "a check makes nothing, not even a directory");
     bed.write(&config, &["write -q -P 0x5a 1M 64k", "flush", "read -q -P 0x5a 1M 64k"]);
     assert!(bed.good(&["cat", &config]) == plain);
     let left: Vec<_> = fs::read_dir(bed.path("cache")).expect("read_dir").map(|e| e.expect("entry").file_name()).collect();
