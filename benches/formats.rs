@@ -47,7 +47,7 @@ const KINDS: &[Kind] = &[
     Kind { name: "vhd", recipe: "qemu-img convert -O vpc -o force_size=on disk vhd", peer: Peer::Qemu("vpc") },
     Kind { name: "vhd-fixed", recipe: "qemu-img convert -O vpc -o subformat=fixed,force_size=on disk vhd-fixed", peer: Peer::Qemu("vpc") },
     Kind { name: "gzip", recipe: "gzip -c disk >gzip", peer: Peer::Nbdkit("gzip") },
-    Kind { name: "bgzip", recipe: "bgzip -c disk >bgzip", peer: Peer::Nbdkit("gzip") },
+    Kind { name: "bgzip", recipe: "bgzip -c disk >bgzip", peer: Peer::Nobody },
     Kind { name: "xz-blocks", recipe: "xz -1 -T2 --block-size=1MiB -c disk >xz-blocks", peer: Peer::Nbdkit("xz") },
     Kind { name: "xz-one-block", recipe: "xz -1 -T1 -c disk >xz-one-block", peer: Peer::Nobody },
     Kind { name: "pzstd", recipe: "pzstd -q -p 2 -c disk >pzstd", peer: Peer::Nobody },
