@@ -60,6 +60,12 @@ for file in base.qcow2.xz plain.raw.gz; do
     dd if=/dev/urandom of=/mnt/random bs=1k count=3000 status=none
     rm /mnt/data/noise.bin
     sum=$(sha256sum </mnt/random)
+    # What was acknowledged outlives the daemon.
+    dd if=/dev/urandom of=/mnt/acknowledged bs=4k count=50 oflag=direct status=none
+    direct=$(dd if=/mnt/acknowledged bs=4k iflag=direct status=none | sha256sum)
+    stop_daemon KILL
+    start_daemon
+    want_equal "the digest of what was acknowledged" "$(dd if=/mnt/acknowledged bs=4k iflag=direct status=none | sha256sum)" "$direct"
     down o
     up o "$file" "$size" "@overlay=/scratch/x/over.qcow2" ro
     want_equal "the digest of what was written" "$(sha256sum </mnt/random)" "$sum"
