@@ -65,6 +65,8 @@ pub struct Image {
     id: u64,
     size: AtomicU64,
     unit: u64,
+    sector: u32,
+    physical_sector: u32,
     read_only: bool,
     /// The format has been told of the first change.
     changed: AtomicBool,
@@ -93,7 +95,11 @@ impl Image {
             ))
             .at_path(&parts.path));
         }
+        // A format that has no sector size of its own serves the sectors that the image below it was made for.
+        let below = parts.parent.as_ref().map(|parent| (parent.sector, parent.physical_sector)).unwrap_or_default();
         Ok(Self {
+            sector: limits.sector.max(below.0),
+            physical_sector: limits.physical_sector.max(below.1),
             size: AtomicU64::new(limits.size),
             unit: limits.unit,
             read_only: limits.read_only,
@@ -247,12 +253,10 @@ impl BlockDevice for Image {
     fn limits(&self) -> Limits {
         let limits = self.format.limits();
         let can_discard = self.discard && limits.can_discard && !self.read_only;
-        // A format that has no sector size of its own serves the sectors that the image below it was made for.
-        let below = self.parent.as_ref().map(|parent| parent.limits());
         Limits {
             size: self.size(),
-            sector: below.map_or(limits.sector, |below| below.sector.max(limits.sector)),
-            physical_sector: below.map_or(limits.physical_sector, |below| below.physical_sector.max(limits.physical_sector)),
+            sector: self.sector,
+            physical_sector: self.physical_sector,
             granularity: limits.unit,
             read_only: self.read_only,
             can_discard,
