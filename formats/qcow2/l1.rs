@@ -112,8 +112,13 @@ impl L1 {
         &group[chunk].get_or_init(|| std::iter::repeat_with(Slot::default).take(CHUNK).collect())[slot]
     }
 
-    /// The first index from `from` on, below `end`, whose entry is not zero; else `end`.
+    /// The first index from `from` on, below `end`, whose entry has a table; else `end`.
     pub fn next_used(&self, from: u64, end: u64) -> u64 {
+        self.next(from, end, |slot| slot.table_at() != 0)
+    }
+
+    /// The first index from `from` on, below `end`, whose slot is one of those that are `wanted`; else `end`.
+    fn next(&self, from: u64, end: u64, wanted: impl Fn(&Slot) -> bool) -> u64 {
         let mut index = from;
         while index < end {
             let (group, chunk, _) = split(index);
@@ -126,7 +131,7 @@ impl L1 {
                 continue;
             };
             let first = (index % CHUNK as u64) as usize;
-            match slots.iter().skip(first).position(|s| s.table_at() != 0) {
+            match slots.iter().skip(first).position(&wanted) {
                 Some(ahead) => return (index + ahead as u64).min(end),
                 None => index += (CHUNK - first) as u64,
             }
@@ -134,12 +139,21 @@ impl L1 {
         end
     }
 
-    /// Indices of all entries that are not zero.
+    /// Indices of all entries that have a table.
     pub fn used(&self) -> impl Iterator<Item = u64> + '_ {
+        self.all(|slot| slot.table_at() != 0)
+    }
+
+    /// Indices of all entries that are not zero, if only by bits that mean nothing without a table.
+    pub fn not_zero(&self) -> impl Iterator<Item = u64> + '_ {
+        self.all(|slot| slot.entry() != 0)
+    }
+
+    fn all(&self, wanted: impl Fn(&Slot) -> bool) -> impl Iterator<Item = u64> {
         let end = self.entries();
         let mut index = 0;
         std::iter::from_fn(move || {
-            let found = self.next_used(index, end);
+            let found = self.next(index, end, &wanted);
             index = found + 1;
             (found < end).then_some(found)
         })

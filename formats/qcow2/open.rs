@@ -2,7 +2,7 @@
 
 use super::Qcow2;
 use super::entry::{Geometry, MAX_L1_BYTES, REFTABLE_OFFSET};
-use super::header::{Compression, Header, LAZY_REFCOUNTS, incompatible};
+use super::header::{AUTOCLEAR_BITMAPS, Compression, Header, LAZY_REFCOUNTS, incompatible};
 use super::l1::L1;
 use super::l2::L2Cache;
 use super::metadata::BITMAP_LIST;
@@ -132,7 +132,8 @@ pub(super) fn register_metadata(image: &Qcow2, refcounts: &Refcounts) -> Result<
     for snapshot in &image.snapshots {
         places.add_run(snapshot.l1_at, g.round_up(u64::from(snapshot.l1_entries) * 8), "L1 table of a snapshot");
     }
-    if let Some(bitmaps) = &header.bitmaps {
+    // Where the autoclear bit is not set the list means nothing, and its clusters may have been given to others (`qemu-img check -r leaks` does that).
+    if let Some(bitmaps) = header.bitmaps.filter(|_| *image.autoclear.lock() & AUTOCLEAR_BITMAPS != 0) {
         places.add_run(bitmaps.at, g.round_up(bitmaps.size.min(image.file_len()?)), BITMAP_LIST);
     }
     table.iter().filter(|raw| **raw & REFTABLE_OFFSET != 0).for_each(|raw| places.add_table(raw & REFTABLE_OFFSET, "refcount block"));

@@ -90,7 +90,9 @@ impl Vhdx {
                 Ok(Payload::Full(at) | Payload::Partial(at)) if at >= file_len => {
                     lost(format!("block {block} lies at {at:#x}, beyond the end of the file"), report);
                 }
-                Ok(Payload::Partial(_)) if self.bits_of(layout, block).is_err() => {
+                Ok(Payload::Partial(_))
+                    if self.bits_of(layout, block).map_or(true, |at| at.saturating_sub(self.geometry.bits_at(block)) >= file_len) =>
+                {
                     lost(format!("block {block} is partially present, and the bitmap that says which part is missing"), report);
                 }
                 Ok(Payload::Full(at) | Payload::Partial(at)) => {

@@ -17,6 +17,9 @@ const COPIES: [u64; 2] = [64 << 10, 128 << 10];
 /// Everything before this is changed in place and never through the log: identifier and headers, in bytes.
 pub(super) const IN_PLACE_END: u64 = 192 << 10;
 
+/// The largest sequence number of an image that may be changed: each change of the header takes two, and they must not run out.
+pub(super) const MAX_SEQUENCE: u64 = u64::MAX - (1 << 48);
+
 /// CRC-32C of a structure, whose own field at `at` counts as zeros.
 pub(super) fn checksum(bytes: &[u8], at: usize) -> u32 {
     let crc = crc32c::crc32c(bytes.get(..at).unwrap_or_default());

@@ -123,6 +123,17 @@ impl Vhdx {
         let locator = metadata.locator.as_deref().map(Locator::parse).transpose()?;
         let bat = Bat::new(writeback.clone(), regions.bat, geometry.entries(metadata.size))?;
         let file_len = store.len().map_err(|e| Error::io("cannot find out the length of the file", e))?;
+        // A file that was cut off before its table must not pass for an empty disk.
+        let table_end = regions.bat.at.saturating_add(geometry.entries(metadata.size).saturating_mul(bat::ENTRY));
+        if table_end > file_len {
+            return Err(Error::corrupt(format!("the block allocation table ends at {table_end}, and the file at {file_len}"))
+                .at_offset(regions.bat.at));
+        }
+        if writable && headers.current.sequence > header::MAX_SEQUENCE {
+            return Err(Error::corrupt(
+                "the header's sequence number leaves no room for changes: the image can be opened read-only, and copied",
+            ));
+        }
         Ok(Self {
             bitmaps: Bitmaps::new(writeback.clone(), BitOrder::LsbFirst),
             writeback,

@@ -134,16 +134,24 @@ impl Vhdx {
 
     /// Space for a structure of `len` bytes, inside the file.
     pub(super) fn allocate(&self, len: u64) -> Result<Taken> {
+        let store = self.store()?;
         let mut space = self.space.lock();
         let space = space.as_mut().ok_or_else(|| Error::new(Kind::ReadOnly, "nothing may be changed yet"))?;
         let taken = space.take(len).ok_or_else(|| Error::new(Kind::NoSpace, "the file would become longer than files can be"))?;
-        if taken.fresh {
+        // Free space inside the file may be its last MiB, of which only a part is there.
+        let needed = if taken.fresh { space.end() } else { taken.at.saturating_add(len) };
+        if taken.fresh || needed > self.file_len.load(Ordering::Relaxed) {
             // Under the lock: two extensions must not cut each other.
-            if let Err(error) = self.store()?.set_len(space.end()) {
+            let extended = match store.len() {
+                Ok(len) if len >= needed && !taken.fresh => Ok(()),
+                Ok(_) => store.set_len(needed),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = extended {
                 space.give(taken.at, len, false);
-                return Err(Error::io(format!("cannot extend the file to {} bytes", space.end()), error));
+                return Err(Error::io(format!("cannot extend the file to {needed} bytes"), error));
             }
-            self.file_len.fetch_max(space.end(), Ordering::Relaxed);
+            self.file_len.fetch_max(needed, Ordering::Relaxed);
             self.writeback.wrote_data(0);
         }
         Ok(taken)
