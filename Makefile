@@ -6,7 +6,7 @@
 #   make test-long    the long modes: everything in QEMU as well, crash and kill loops
 #   make bench        criterion benchmarks, then the comparison with the peers in the guest
 #   make bench-formats  reads by format and stream, beside QEMU and nbdkit (if there is one)
-#   make fuzz-smoke   each fuzz target for a minute (needs a nightly toolchain and cargo-fuzz)
+#   make fuzz-smoke   each fuzz target for a minute (FUZZ_SECONDS=n, FUZZ_TARGETS="a b"); uses a nightly toolchain if there is one
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -82,9 +82,22 @@ bench-formats: toolchain install
 	cargo bench --locked --bench formats
 .PHONY: bench-formats
 
-fuzz-smoke: toolchain
-	@[ -d fuzz ] || { echo "make: there are no fuzz targets"; exit 1; }
-	cd fuzz && for target in $$(cargo fuzz list); do cargo fuzz run $$target -- -max_total_time=60; done
+# Without a nightly toolchain the stable one is told to be one: it has the sanitizer's runtime, too.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= $(shell sed -n 's/^path = "fuzz_targets\/\(.*\)\.rs"/\1/p' fuzz/Cargo.toml)
+FUZZ_LIMITS := -rss_limit_mb=1024 -timeout=10 -malloc_limit_mb=256
+
+fuzz-smoke: toolchain install
+	@cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
+	fuzz/seeds.sh
+	@if cargo +nightly --version >/dev/null 2>&1; then nightly=+nightly; else nightly=; export RUSTC_BOOTSTRAP=1; fi; \
+	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; export CACHE_DIRECTORY=$$scratch; \
+	cd fuzz && cargo $$nightly fuzz build && for target in $(FUZZ_TARGETS); do \
+	    mkdir -p corpus/$$target seeds/$$target; echo "== $$target"; \
+	    cargo $$nightly fuzz run $$target corpus/$$target seeds/$$target -- $(FUZZ_LIMITS) -max_len=65536 \
+	        -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 2>$$scratch/log || { tail -60 $$scratch/log; exit 1; }; \
+	    grep -aE 'stat::number_of_executed_units|DONE' $$scratch/log; \
+	done
 
 clean:
 	cargo clean

@@ -185,9 +185,8 @@ impl Netlink {
                 Err(Error::Netlink { source, .. }) if source.raw_os_error() == Some(nix::libc::ENOBUFS) => return Ok(Some(Event::Overrun)),
                 Err(error) => return Err(error),
             };
-            let ours = Message::all(&datagram).filter(|message| message.kind == self.family);
-            let events = ours.filter_map(|message| DeviceEvent::parse(&message, &self.subtype)).map(Event::Device);
-            self.waiting.lock().extend(events);
+            let events = events_in(&datagram, self.family, &self.subtype);
+            self.waiting.lock().extend(events.into_iter().map(Event::Device));
             if timeout.is_some() && self.waiting.lock().is_empty() {
                 return Ok(None);
             }
@@ -223,11 +222,7 @@ impl AsFd for Netlink {
 fn resolve(socket: &mut Socket, family: &str, group: &str) -> Result<(u16, u32)> {
     const CONTROLLER: u16 = 0x10;
     const GET_FAMILY: u8 = 3;
-    const FAMILY_ID: u16 = 1;
     const FAMILY_NAME: u16 = 2;
-    const GROUPS: u16 = 7;
-    const GROUP_NAME: u16 = 1;
-    const GROUP_ID: u16 = 2;
 
     let name = [family.as_bytes(), &[0]].concat();
     let request = |sequence| Builder::new(CONTROLLER, FLAG_REQUEST, sequence, GET_FAMILY, 1).attribute(FAMILY_NAME, &name).finish();
@@ -235,8 +230,20 @@ fn resolve(socket: &mut Socket, family: &str, group: &str) -> Result<(u16, u32)>
         Err(Error::Netlink { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Err(Error::NoFamily),
         other => other?,
     };
+    let incomplete = || Error::Netlink { what: "find the event group", source: io::ErrorKind::InvalidData.into() };
+    family_in(&datagram, group).ok_or_else(incomplete)
+}
+
+/// The ids of the family and of the group of that name, in an answer of the controller.
+#[doc(hidden)]
+pub fn family_in(datagram: &[u8], group: &str) -> Option<(u16, u32)> {
+    const FAMILY_ID: u16 = 1;
+    const GROUPS: u16 = 7;
+    const GROUP_NAME: u16 = 1;
+    const GROUP_ID: u16 = 2;
+
     let (mut family_id, mut group_id) = (None, None);
-    for message in Message::all(&datagram) {
+    for message in Message::all(datagram) {
         let Some((_, _, body)) = message.generic() else { continue };
         for (kind, payload) in message::attributes(body) {
             match kind {
@@ -254,8 +261,20 @@ fn resolve(socket: &mut Socket, family: &str, group: &str) -> Result<(u16, u32)>
             }
         }
     }
-    let incomplete = || Error::Netlink { what: "find the event group", source: io::ErrorKind::InvalidData.into() };
-    family_id.zip(group_id).ok_or_else(incomplete)
+    family_id.zip(group_id)
+}
+
+/// The events about devices of `subtype` in a datagram of the family.
+#[doc(hidden)]
+pub fn events_in(datagram: &[u8], family: u16, subtype: &str) -> Vec<DeviceEvent> {
+    let ours = Message::all(datagram).filter(|message| message.kind == family);
+    ours.filter_map(|message| DeviceEvent::parse(&message, subtype)).collect()
+}
+
+/// The message that answers an event; none if the kernel takes none.
+#[doc(hidden)]
+pub fn answer_to(event: &DeviceEvent, family: u16, errno: i32, sequence: u32) -> Option<Vec<u8>> {
+    event.answer(family, errno, sequence)
 }
 
 #[cfg(test)]

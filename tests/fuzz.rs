@@ -1,0 +1,74 @@
+//! The fuzz targets on a stable toolchain, without libFuzzer: inputs that once found something, and a few thousand new ones.
+//!
+//! `fuzz/regressions/TARGET/` has the former, at most 4 KiB each. `FUZZ_SEED=n` makes other ones than the committed ones, `FUZZ_COUNT=n` more of them.
+
+#[path = "../fuzz/src/lib.rs"]
+mod targets;
+
+use rand::rngs::StdRng;
+use rand::{Rng, RngCore, SeedableRng};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Time for the random inputs of one target.
+const TIME: Duration = Duration::from_secs(3);
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |n| n.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
+/// Inputs that found something.
+fn regressions(name: &str) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/regressions").join(name);
+    let Ok(files) = std::fs::read_dir(dir) else { return };
+    for file in files {
+        let path = file.unwrap().path();
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(bytes.len() <= 4096, "{} is too long: minimise it with `cargo fuzz tmin`", path.display());
+        println!("{}", path.display());
+        targets::run(name, &bytes);
+    }
+}
+
+/// Inputs of random bytes: structured targets make something of any of them, others of a few.
+fn random(name: &str) {
+    let (seed, count) = (number("FUZZ_SEED", 1), number("FUZZ_COUNT", 2000));
+    let started = Instant::now();
+    for number in 0..count {
+        let mut rng = StdRng::seed_from_u64(seed.wrapping_mul(1_000_003) + number);
+        let mut bytes = vec![0; rng.random_range(0..300)];
+        rng.fill_bytes(&mut bytes);
+        // Small numbers are telling ones.
+        for byte in &mut bytes {
+            if rng.random_ratio(1, 3) {
+                *byte %= 4;
+            }
+        }
+        let result = std::panic::catch_unwind(|| targets::run(name, &bytes));
+        assert!(result.is_ok(), "{name}: random input {number} of seed {seed} (above): {bytes:02x?}");
+        if count <= 2000 && started.elapsed() > TIME {
+            println!("{name}: {number} inputs in {TIME:?}");
+            break;
+        }
+    }
+}
+
+macro_rules! tests {
+    ($($name:ident)*) => {
+        $(
+            #[test]
+            fn $name() {
+                regressions(stringify!($name));
+                random(stringify!($name));
+            }
+        )*
+
+        #[test]
+        fn every_target_has_a_test() {
+            let names: Vec<&str> = targets::TARGETS.iter().map(|(name, _)| *name).collect();
+            assert_eq!(names, [$(stringify!($name)),*]);
+        }
+    };
+}
+
+tests!(qcow2_structured vhdx_structured cdb ring vhd_structured gzip xz zstd bzip2 lz4 lzip nbd qcow2 vhdx vhd netlink cfgstring raw_probe);
