@@ -3,9 +3,9 @@
 use crate::harness::{Server, run};
 use std::path::Path;
 
-/// 8 MiB: text, noise, holes, zeros, and an end that is no whole cluster.
-fn source(path: &Path) {
-    let mut bytes = vec![0u8; (8 << 20) + 3 * 512];
+/// So many MiB and a bit: text, noise, holes, zeros, and an end that is no whole cluster.
+fn source(path: &Path, mib: usize) {
+    let mut bytes = vec![0u8; (mib << 20) + 3 * 512];
     let mut x = 1u32;
     for (at, byte) in bytes.iter_mut().enumerate() {
         x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -34,7 +34,7 @@ fn serve_and_compare(image: &Path, want: &Path) {
 fn images_of_every_format_come_out_as_qemu_img_reads_them() {
     let directory = tempfile::tempdir().unwrap();
     let raw = directory.path().join("source.raw");
-    source(&raw);
+    source(&raw, 8);
     let raw_text = raw.to_str().unwrap();
     // What the binary says it reads, in every kind that qemu-img makes of it.
     let table = run(env!("CARGO_BIN_EXE_img-tcmu"), &["formats"]);
@@ -87,7 +87,7 @@ fn images_of_every_format_come_out_as_qemu_img_reads_them() {
 fn compressed_images_come_out_as_they_went_in() {
     let directory = tempfile::tempdir().unwrap();
     let raw = directory.path().join("source.raw");
-    source(&raw);
+    source(&raw, 3);
     for (command, extension) in [("gzip", "gz"), ("xz", "xz"), ("zstd", "zst"), ("bzip2", "bz2"), ("lz4", "lz4"), ("lzip", "lz")] {
         let image = directory.path().join(format!("disk.raw.{extension}"));
         let script = format!("{command} -c < {} > {}", raw.display(), image.display());
