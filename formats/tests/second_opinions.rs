@@ -1,5 +1,5 @@
-//! Other people's qcow2 crates as second opinions, on the images that they are right about (`docs/dependencies.md` has what they are wrong about):
-//! both must read what we have written, and we what `imago` has written.
+//! Other people's crates as second opinions, on the images that they are right about (`docs/dependencies.md` has what they are wrong about):
+//! both must read what we have written, and we what `imago` has written. Likewise the crate `vhdx`, which only reads.
 
 mod table;
 
@@ -12,6 +12,7 @@ use qcow2_rs::helpers::Qcow2IoBuf;
 use qcow2_rs::utils::qcow2_setup_dev_sync;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
+use std::io::Read;
 use std::path::Path;
 use table::{Kind, open, qemu, rows, scratch, seed};
 
@@ -47,8 +48,8 @@ fn range(rng: &mut StdRng, size: u64) -> std::ops::Range<usize> {
 }
 
 /// Our engine writes, zeros and discards at random.
-fn write_by_us(file: &Path, content: &mut [u8], rng: &mut StdRng) {
-    let image = formats::open(&formats::OpenOptions::new(file).format("qcow2")).unwrap();
+fn write_by_us(format: &str, file: &Path, content: &mut [u8], rng: &mut StdRng) {
+    let image = formats::open(&formats::OpenOptions::new(file).format(format)).unwrap();
     for _ in 0..REQUESTS {
         let range = range(rng, content.len() as u64);
         let (at, len) = (range.start as u64, range.len() as u64);
@@ -75,7 +76,7 @@ fn opinions(kind: &Kind, qcow2_rs_too: bool) {
     let mut made = kind.make(dir.path());
     let mut rng = StdRng::seed_from_u64(seed());
     assert!(read_by_imago(&made.file) == made.content, "imago, as made");
-    write_by_us(&made.file, &mut made.content, &mut rng);
+    write_by_us("qcow2", &made.file, &mut made.content, &mut rng);
     assert!(read_by_imago(&made.file) == made.content, "imago, after our writes");
     if qcow2_rs_too {
         assert!(read_by_qcow2_rs(&made.file, kind.size) == made.content, "qcow2-rs, after our writes");
@@ -93,7 +94,7 @@ fn opinions(kind: &Kind, qcow2_rs_too: bool) {
     assert_eq!(image.check(false).unwrap().corruptions, 0);
     drop(image);
     // And on from there.
-    write_by_us(&made.file, &mut made.content, &mut rng);
+    write_by_us("qcow2", &made.file, &mut made.content, &mut rng);
     assert!(read_by_imago(&made.file) == made.content, "imago, after our writes to what it has written");
     qemu::check(kind, &made.file).unwrap();
     qemu::compare(kind, &made.file, &made.content).unwrap();
@@ -124,7 +125,28 @@ fn qcow2_on_qcow2() {
     let base = made.file.to_str().unwrap();
     let overlay = dir.path().join("overlay");
     qemu::must("qemu-img", &["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay.to_str().unwrap()]);
-    write_by_us(&overlay, &mut made.content, &mut StdRng::seed_from_u64(seed()));
+    write_by_us("qcow2", &overlay, &mut made.content, &mut StdRng::seed_from_u64(seed()));
     assert!(read_by_imago(&overlay) == made.content, "imago");
     assert!(read_by_qcow2_rs(&overlay, made.content.len() as u64) == made.content, "qcow2-rs");
+}
+
+/// Clean VHDX images far below 4 GiB.
+fn vhdx_opinion(kind: &Kind) {
+    let dir = scratch();
+    let mut made = kind.make(dir.path());
+    write_by_us("vhdx", &made.file, &mut made.content, &mut StdRng::seed_from_u64(seed()));
+    let mut disk = vhdx::Vhdx::load(&made.file);
+    let mut bytes = vec![0xEE; made.content.len()];
+    disk.reader().read_exact(&mut bytes).unwrap();
+    assert!(bytes == made.content, "vhdx, after our writes");
+}
+
+#[test]
+fn vhdx_dynamic() {
+    vhdx_opinion(&rows::vhdx_dynamic());
+}
+
+#[test]
+fn vhdx_fixed() {
+    vhdx_opinion(&rows::vhdx_fixed());
 }
