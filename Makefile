@@ -3,7 +3,8 @@
 #   make demo         build, and show the main job on a sample image (DEMO=host|vm to choose where)
 #   make test         every test: cargo, samples, a real kernel as user-mode Linux, and the races' part in QEMU
 #   make lint         formatting, clippy and rustdoc, warnings are errors
-#   make test-long    the long modes: everything in QEMU as well, crash and kill loops
+#   make test-long    the long modes: everything in QEMU as well, crash and kill loops, models with more schedules
+#   make test-tsan    the threads of engine and ring under ThreadSanitizer (needs a nightly toolchain)
 #   make bench        criterion benchmarks, then the comparison with the peers in the guest
 #   make bench-formats  reads by format and stream, beside QEMU and nbdkit (if there is one)
 #   make fuzz-smoke   each fuzz target for a minute (FUZZ_SECONDS=n, FUZZ_TARGETS="a b"); uses a nightly toolchain if there is one
@@ -65,7 +66,7 @@ test-smp: build
 	tests/vm/suite --qemu --bin $(BIN) $(SMP_TESTS)
 
 test-long: build
-	FORMATS_TEST_LONG=1 cargo nextest run --workspace --locked --run-ignored all
+	FORMATS_TEST_LONG=1 cargo nextest run --workspace --locked --run-ignored all --cargo-profile long
 	tests/vm/suite --uml --bin $(BIN) 8
 	tests/vm/suite --qemu --bin $(BIN)
 

@@ -291,3 +291,48 @@ fn parts_of_a_disk() {
     let (_, text) = bad(&["cat", &format!("@file={raw}@offset=5M")]);
     assert!(text.contains("beyond the end"), "{text}");
 }
+
+/// Flips bits of a qcow2 file that `qemu-img` made: marks it as damaged, and takes the refcount of the header, which is cluster 0, away.
+fn damage(path: &Path) {
+    let file = File::options().read(true).write(true).open(path).expect("open");
+    let be64 = |at: u64| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, at).expect("read");
+        u64::from_be_bytes(bytes)
+    };
+    file.write_all_at(&[2], 79).expect("write");
+    file.write_all_at(&[0, 0], be64(be64(48))).expect("write");
+}
+
+#[test]
+fn check_repairs_an_image_that_is_marked_as_damaged() {
+    let bed = Bed::new();
+    bed.raw("a.raw");
+    qemu_img(bed.dir.path(), &["convert", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2"]);
+    let image = bed.text("a.qcow2");
+    damage(&bed.path("a.qcow2"));
+    let output = img_tcmu(&["check", "--json", &image]);
+    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(report["corruptions"], 1, "{report}");
+    let (code, _) = bad(&["check", &image]);
+    assert_eq!(code, 2);
+    let text = String::from_utf8(good(&["check", "--repair", &image])).expect("UTF-8");
+    assert!(text.contains("were repaired") && text.contains("No errors"), "{text}");
+    good(&["check", &image]);
+    qemu_img(bed.dir.path(), &["check", "-f", "qcow2", "a.qcow2"]);
+    qemu_img(bed.dir.path(), &["compare", "-f", "raw", "-F", "qcow2", "a.raw", "a.qcow2"]);
+    // What cannot be mended is not said to be.
+    damage(&bed.path("a.qcow2"));
+    let file = File::options().read(true).write(true).open(bed.path("a.qcow2")).expect("open");
+    let be64 = |at: u64| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, at).expect("read");
+        u64::from_be_bytes(bytes)
+    };
+    // An L2 entry with a bit that has no meaning: data at 1 MiB, clusters of 64 KiB.
+    let entry = (be64(be64(40)) & 0x00ff_ffff_ffff_fe00) + 16 * 8;
+    file.write_all_at(&(be64(entry) | 1 << 58).to_be_bytes(), entry).expect("write");
+    let (code, _) = bad(&["check", "--repair", &image]);
+    assert_eq!(code, 2);
+}

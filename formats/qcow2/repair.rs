@@ -1,9 +1,10 @@
 //! Mending: refcounts that differ from the references, COPIED flags, and whole refcount structures.
 //!
-//! Entries that lead beyond the end of the file come first: nothing can be found there any more. Single refcounts are set where they are. Where the structures themselves are damaged, or clusters in use count as free, a new table with new blocks is
+//! Entries come first: those that lead beyond the end of the file, where nothing can be found any more, and those that share a cluster. Single refcounts are set where they are. Where the structures themselves are damaged, or clusters in use count as free, a new table with new blocks is
 //! written behind everything else, and the header names it when it is durable: a cut leaves the old or the new structure.
 
 use super::check::{Findings, Wrong};
+use super::counts::Counts;
 use super::entry::{COMPRESSED, COPIED, Entry, MAX_REFTABLE_BYTES, ZERO};
 use super::header::{field, incompatible};
 use super::refcount::{self, Refcounts};
@@ -42,7 +43,7 @@ impl Qcow2 {
 
     fn repair_image(&self, refcounts: &Refcounts) -> Result<CheckReport> {
         let mut notes = Vec::new();
-        let mut corruptions_fixed = self.mend_entries(&mut notes)?;
+        let mut corruptions_fixed = self.mend_entries(&mut notes)? + self.separate_entries(refcounts, &mut notes)?;
         let mut leaks_fixed = 0;
         let before = self.examine(refcounts)?;
         notes.extend_from_slice(&before.report.notes);
@@ -61,6 +62,9 @@ impl Qcow2 {
                 if self.set_refcount(refcounts, wrong, before.incomplete)? {
                     if wrong.stored < wrong.counted { corruptions_fixed += 1 } else { leaks_fixed += 1 }
                 }
+            }
+            if !before.incomplete {
+                self.clear_refcounts_beyond_the_end(refcounts)?;
             }
             refcounts.lock().cursor = 0;
         }
@@ -90,7 +94,7 @@ impl Qcow2 {
     }
 
     /// Mends entries of the active L2 tables without which no refcount can become right: those whose data are beyond the end of the file, and so lost, read as
-    /// zeros from now on, and compressed clusters lose the COPIED flag, which means nothing there. Returns how many there were.
+    /// zeros from now on; compressed clusters lose the COPIED flag, which means nothing there. Returns how many there were.
     fn mend_entries(&self, notes: &mut Vec<String>) -> Result<u64> {
         let g = self.geometry;
         let file_len = self.file_len()?;
@@ -127,6 +131,65 @@ impl Qcow2 {
             }
         }
         Ok(mended)
+    }
+
+    /// Gives every active entry a cluster of its own: where two name one, the later one gets a copy, behind everything else. Internal snapshots share clusters,
+    /// the active state does not, and a writer that takes one reference away would leave the other with the wrong flag. Returns how many there were.
+    fn separate_entries(&self, refcounts: &Refcounts, notes: &mut Vec<String>) -> Result<u64> {
+        let g = self.geometry;
+        let file_len = self.file_len()?;
+        let (mut seen, mut end, mut copies) = (Counts::default(), g.round_up(file_len), 0);
+        let (mut raws, mut cluster) = (Vec::new(), Vec::new());
+        for index in self.l1.used() {
+            let table_at = self.l1.slot(index).map_or(0, super::l1::Slot::table_at);
+            // Entries of a table that two L1 entries name are the same entries.
+            if !g.aligned(table_at) || table_at >= file_len || seen.get(table_at >> g.cluster_bits) > 0 {
+                continue;
+            }
+            seen.add(table_at >> g.cluster_bits, 1);
+            raws.clear();
+            self.each_entry(table_at, g.cluster_size(), |_, raw| raws.push(raw))?;
+            for (number, raw) in (0..).zip(&raws) {
+                let Ok(Entry::Data { host, .. }) = g.l2_entry(*raw) else { continue };
+                seen.add(host >> g.cluster_bits, 1);
+                if host >= file_len || seen.get(host >> g.cluster_bits) == 1 {
+                    continue;
+                }
+                let guest = (index << g.table_bits()) + (number << g.cluster_bits);
+                notes.push(format!("the data of guest offset {guest:#x} were another's, too, or metadata: it has a copy of them now"));
+                notes.truncate(CheckReport::MAX_NOTES);
+                let fail = |e| Error::io("cannot copy a cluster", e).at_offset(host);
+                cluster.resize(g.cluster_size() as usize, 0);
+                self.file().read_zero_filled(&mut cluster, host).map_err(fail)?;
+                self.file().write_all_at(&cluster, end).map_err(fail)?;
+                self.writeback.wrote_data(0);
+                self.writeback.publish(0, table_at + number * 8, &end.to_be_bytes())?;
+                end += g.cluster_size();
+                copies += 1;
+            }
+        }
+        let mut state = refcounts.lock();
+        state.fresh = state.fresh.max(end);
+        Ok(copies)
+    }
+
+    /// Refcounts of clusters that the file does not have would hide them from the allocator, and show as leaks, as soon as it has them.
+    fn clear_refcounts_beyond_the_end(&self, refcounts: &Refcounts) -> Result<()> {
+        let g = self.geometry;
+        let (end, per_block) = (g.clusters(self.file_len()?), g.refcounts_per_block());
+        let blocks = refcounts.lock().table.len() as u64;
+        for index in end / per_block..blocks {
+            if refcounts.lock().block_at(index) == 0 {
+                continue;
+            }
+            let (first, range) = (index * per_block, end.max(index * per_block)..(index + 1) * per_block);
+            let mut state = refcounts.lock_with_block(index)?;
+            let count = |cluster: u64| state.blocks.peek(&index).map_or(0, |b| refcount::get(b, g.refcount_order, cluster - first));
+            if range.clone().any(|cluster| count(cluster) != 0) {
+                refcounts.change_in(&mut state, &range, |_| 0)?;
+            }
+        }
+        Ok(())
     }
 
     /// Sets one refcount to what was counted. `false`: it was left alone.
