@@ -130,6 +130,10 @@ impl Qcow2 {
 
     fn count_l2_table(&self, found: &mut Findings, at: u64, times: u64) -> Result<()> {
         self.each_entry(at, self.geometry.cluster_size(), |index, raw| {
+            // Most of a large table.
+            if raw == 0 {
+                return;
+            }
             let place = at + index * 8;
             if raw & COMPRESSED != 0 {
                 if raw & COPIED != 0 {
@@ -266,7 +270,7 @@ impl Qcow2 {
     pub(super) fn each_wrong_flag(
         &self,
         refcounts: &Refcounts,
-        mut wrong: impl FnMut(u64, u64, Option<usize>, u64) -> Result<()>,
+        mut wrong: impl FnMut(u64, u64, Option<u64>, u64) -> Result<()>,
     ) -> Result<()> {
         let g = self.geometry;
         let right = |raw: u64, at: u64| -> u64 {
@@ -290,15 +294,19 @@ impl Qcow2 {
                 continue;
             }
             raws.clear();
-            self.each_entry(at, g.cluster_size(), |_, raw| raws.push(raw))?;
-            for (number, raw) in raws.iter().enumerate() {
+            self.each_entry(at, g.cluster_size(), |number, raw| {
+                if raw != 0 {
+                    raws.push((number, raw));
+                }
+            })?;
+            for (number, raw) in &raws {
                 let host = raw & OFFSET;
                 if raw & COMPRESSED != 0 || host == 0 || !g.aligned(host) {
                     continue;
                 }
                 let flagged = right(*raw, host);
                 if flagged != *raw {
-                    wrong(at + number as u64 * 8, index, Some(number), flagged)?;
+                    wrong(at + number * 8, index, Some(*number), flagged)?;
                 }
             }
         }
