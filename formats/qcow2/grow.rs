@@ -4,9 +4,11 @@
 //! cut leaves either the old size or a new part of zeros.
 
 use super::Qcow2;
+use super::clear::Space;
 use super::entry::MAX_L1_BYTES;
 use super::header::field;
 use crate::error::{Error, Kind, Result};
+use crate::format::Place;
 use crate::writeback::Freed;
 use std::sync::atomic::Ordering;
 
@@ -29,8 +31,25 @@ impl Qcow2 {
         if needed > self.l1.entries() {
             self.grow_l1(needed)?;
         }
-        self.size.store(size, Ordering::Release);
+        let old = self.size.swap(size, Ordering::AcqRel);
+        self.clear_beyond(old, size).inspect_err(|_| self.size.store(old, Ordering::Release))?;
         self.size_pending.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Gives up clusters behind the old end, which an image has that was larger once: they would show as new space.
+    fn clear_beyond(&self, old: u64, size: u64) -> Result<()> {
+        let mut at = self.geometry.round_up(old);
+        while at < size {
+            let run = self.map_run(at, size - at)?;
+            if !matches!(run.place, Place::Parent | Place::Zero { .. }) {
+                let cleared = self.clear(at, run.len, Space::Free)?;
+                if cleared < run.len {
+                    return Err(Error::unsupported("the image has data behind its end, which this version of the format cannot give up"));
+                }
+            }
+            at += run.len;
+        }
         Ok(())
     }
 

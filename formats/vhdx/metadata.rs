@@ -77,6 +77,11 @@ impl Metadata {
             if item.len > MAX_ITEM || (item.at as usize) < TABLE || !inside {
                 return Err(Error::corrupt(format!("the metadata item {guid} lies outside its region")).at_offset(region.at));
             }
+            // A change of one must not change another.
+            let over = |other: &Item| item.at < other.at.saturating_add(other.len) && other.at < item.at.saturating_add(item.len);
+            if items.known.iter().any(over) {
+                return Err(Error::corrupt(format!("the metadata item {guid} lies over another")).at_offset(region.at));
+            }
             items.known.push(item);
         }
         items.interpret()

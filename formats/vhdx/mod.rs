@@ -129,6 +129,13 @@ impl Vhdx {
             return Err(Error::corrupt(format!("the block allocation table ends at {table_end}, and the file at {file_len}"))
                 .at_offset(regions.bat.at));
         }
+        let log_end = headers.current.log_at.saturating_add(u64::from(headers.current.log_len));
+        if writable && log_end > file_len {
+            return Err(Error::corrupt(format!(
+                "the log ends at {log_end}, and the file at {file_len}: the image can be opened read-only, and copied"
+            ))
+            .at_offset(headers.current.log_at));
+        }
         if writable && headers.current.sequence > header::MAX_SEQUENCE {
             return Err(Error::corrupt(
                 "the header's sequence number leaves no room for changes: the image can be opened read-only, and copied",
