@@ -4,7 +4,6 @@
 #   make test         every test: cargo, samples, a real kernel as user-mode Linux, and the races' part in QEMU
 #   make lint         formatting, clippy and rustdoc, warnings are errors
 #   make test-long    the long modes: everything in QEMU as well, crash and kill loops, models with more schedules
-#   make test-tsan    the threads of engine and ring under ThreadSanitizer (needs a nightly toolchain)
 #   make bench        criterion benchmarks, then the comparison with the peers in the guest
 #   make bench-formats  reads by format and stream, beside QEMU and nbdkit (if there is one)
 #   make fuzz-smoke   each fuzz target for a minute (FUZZ_SECONDS=n, FUZZ_TARGETS="a b"); uses a nightly toolchain if there is one

@@ -21,6 +21,12 @@ const OPERATIONS: usize = 150;
 /// Cuts in a run.
 const CUTS: usize = 170;
 
+/// Runs that once failed, beside those of the seeds that every kind has: the kind and the seed.
+const REGRESSIONS: [(&str, u64); 1] = [
+    // A cut left the file's end in the middle of the last block.
+    ("vhdx_differencing", 4),
+];
+
 fn runs() -> u64 {
     if long() { 120 } else { 3 }
 }
@@ -107,7 +113,8 @@ fn over_runs(kind: &Kind, runs: u64, test: impl Fn(&Verdict<'_>, &Run, u64) -> R
     let base = Pages::from(open::bytes(&made).as_slice());
     let unit = open::file(kind, &made.file, true).limits().granularity;
     let verdict = Verdict { kind, path: &made.file };
-    for run_seed in seed()..seed() + runs {
+    let once_failed = REGRESSIONS.iter().filter(|(name, _)| *name == kind.name).map(|(_, seed)| *seed);
+    for run_seed in (seed()..seed() + runs).chain(once_failed) {
         let mut rng = StdRng::seed_from_u64(run_seed);
         let mut mix = cut::mix(kind, unit);
         mix.flush_one_in = [4, 12, 40][rng.random_range(0..3)];
