@@ -94,7 +94,7 @@ fuzz-smoke: toolchain install
 	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; export CACHE_DIRECTORY=$$scratch; \
 	cd fuzz && cargo $$nightly fuzz build && for target in $(FUZZ_TARGETS); do \
 	    mkdir -p corpus/$$target seeds/$$target; echo "== $$target"; \
-	    cargo $$nightly fuzz run $$target corpus/$$target seeds/$$target -- $(FUZZ_LIMITS) -max_len=65536 \
+	    cargo $$nightly fuzz run $$target corpus/$$target seeds/$$target -- $(FUZZ_LIMITS) -max_len=65536 -len_control=10 \
 	        -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 2>$$scratch/log || { tail -60 $$scratch/log; exit 1; }; \
 	    grep -aE 'stat::number_of_executed_units|DONE' $$scratch/log; \
 	done
