@@ -69,7 +69,7 @@ pub struct Options {
     pub workers: Option<usize>,
     /// Further directories in which files that images name may lie.
     pub allow: Vec<PathBuf>,
-    /// Bytes of kernel events that may wait, if not [`EVENT_BUFFER`](crate::tcmu::netlink::EVENT_BUFFER).
+    /// Bytes of kernel events that may wait, if not [`EVENT_BUFFER`].
     pub event_buffer: Option<usize>,
     /// The bus.
     pub bus: dbus::Options,
