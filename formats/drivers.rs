@@ -100,9 +100,7 @@ pub static DRIVERS: &[Driver] = &[
     },
     not_yet("qcow", &["qcow1"], |h| h.has(0, b"QFI\xfb") && h.be32(4) == Some(1)),
     crate::vhdx::DRIVER,
-    not_yet("vmdk", &[], |h| {
-        h.has(0, b"KDMV") || h.has(0, b"COWD") || h.has(0, &0xCAFE_BABE_u64.to_le_bytes()) || vmdk_descriptor(&h.head)
-    }),
+    crate::vmdk::DRIVER,
     not_yet("vdi", &[], |h| h.has(0x40, &0xBEDA_107F_u32.to_le_bytes())),
     not_yet("qed", &[], |h| h.has(0, b"QED\0")),
     not_yet("parallels", &[], |h| h.has(0, b"WithoutFreeSpace") || h.has(0, b"WithouFreSpacExt")),
@@ -170,10 +168,4 @@ pub fn by_name(name: &str) -> Result<&'static Driver> {
         let names: Vec<&str> = DRIVERS.iter().map(|d| d.name).collect();
         Error::new(crate::Kind::InvalidOption, format!("there is no format \"{name}\"; there are: {}", names.join(", ")))
     })
-}
-
-/// A text whose first line that is neither blank nor a comment is `version=1`, `2` or `3`.
-fn vmdk_descriptor(head: &[u8]) -> bool {
-    let first = head.split(|b| *b == b'\n').map(<[u8]>::trim_ascii).find(|l| !l.is_empty() && !l.starts_with(b"#"));
-    matches!(first, Some(b"version=1" | b"version=2" | b"version=3"))
 }

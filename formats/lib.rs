@@ -29,6 +29,7 @@ pub mod store;
 mod table;
 pub(crate) mod vhd;
 pub mod vhdx;
+pub(crate) mod vmdk;
 pub mod writeback;
 
 pub use cache::Cache;

@@ -95,6 +95,7 @@ macro_rules! for_each_kind {
             qcow2_on_raw qcow2_chain qcow2_v2_on_raw overlay_on_gzip overlay_on_vhdx
             vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
             vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
+            vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains vmdk_stream
             raw_gzip raw_bgzf raw_xz raw_zstd raw_bzip2 raw_lz4 raw_lzip
             qcow2_gzip qcow2_bgzf qcow2_xz qcow2_zstd_stream qcow2_bzip2 qcow2_lz4 qcow2_lzip);
     };
@@ -111,7 +112,8 @@ macro_rules! for_each_writable_kind {
             qcow2_refcount32 qcow2_refcount64 qcow2_lazy qcow2_zlib qcow2_zstd qcow2_snapshots qcow2_compressed_snapshots qcow2_bitmap
             qcow2_on_raw qcow2_chain qcow2_v2_on_raw overlay_on_gzip overlay_on_vhdx
             vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
-            vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096);
+            vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
+            vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains);
     };
 }
 #[allow(unused_imports)]

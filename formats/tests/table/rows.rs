@@ -21,7 +21,7 @@ fn kind(name: &'static str, format: &'static str, size: u64) -> Kind {
         size,
         make: Box::new(|_, _| unreachable!("every row has a recipe")),
         qemu: true,
-        qemu_check: format == "qcow2",
+        qemu_check: matches!(format, "qcow2" | "vmdk"),
         check: formats::drivers::by_name(format).unwrap().can.check,
         grows: formats::drivers::by_name(format).unwrap().can.grow,
         stream: false,
@@ -450,6 +450,31 @@ fn mend_vhd(bytes: &mut [u8]) {
         let sum = !part.iter().map(|b| u32::from(*b)).sum::<u32>();
         part[sum_at..sum_at + 4].copy_from_slice(&sum.to_be_bytes());
     }
+}
+
+/// A sparse extent that is the disk.
+pub fn vmdk_sparse() -> Kind {
+    converted(kind("vmdk_sparse", "vmdk", (6 << 20) + 1536), &[], nothing)
+}
+
+/// One whose tables have a word for zeros.
+pub fn vmdk_zeroed_grains() -> Kind {
+    converted(kind("vmdk_zeroed_grains", "vmdk", 4 << 20), &["-o", "zeroed_grain=on"], nothing)
+}
+
+/// On a parent that is shorter.
+pub fn vmdk_child() -> Kind {
+    overlaid(kind("vmdk_child", "vmdk", 4 << 20), "vmdk", 0, &[])
+}
+
+/// A chain of three that can say that there are zeros.
+pub fn vmdk_child_zeroed_grains() -> Kind {
+    overlaid(kind("vmdk_child_zeroed_grains", "vmdk", 4 << 20), "vmdk", 1, &["-o", "zeroed_grain=on"])
+}
+
+/// Compressed grains.
+pub fn vmdk_stream() -> Kind {
+    converted(kind("vmdk_stream", "vmdk", (3 << 20) + 512), &["-o", "subformat=streamOptimized"], nothing)
 }
 
 /// An image in a stream, made from `inner` by a shell command that reads the file `plain` and writes to standard output.
