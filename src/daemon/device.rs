@@ -96,6 +96,9 @@ impl Device {
     ) -> Result<Self, Refusal> {
         let backing = open(&uio.name.config, environment).map_err(OpenError::into_refusal)?;
         let lun = Arc::new(lun(backstore, &backing, surroundings)?);
+        if let Err(error) = backstore.notify_of_task_management() {
+            tracing::debug!("commands that are given up end no sooner: {error}");
+        }
         let ring = rings.attach(&uio, backstore)?;
         let served =
             pool.serve(ring, Arc::clone(&lun)).map_err(|error| Refusal::new(Errno::EIO, format!("cannot serve the ring: {error}")))?;

@@ -18,7 +18,7 @@ use crate::scsi::range_lock::RangeLock;
 use crate::scsi::sense::{Fault, Sense, Triple};
 use crate::scsi::vpd;
 use formats::{BlockDevice, Limits, MapExtent, ZeroMode};
-use parking_lot::RwLock;
+use parking_lot::{RwLock, RwLockWriteGuard};
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::sync::Arc;
@@ -146,6 +146,9 @@ pub enum ConfigError {
         lun: u64,
     },
 }
+
+/// Come again.
+const BUSY: Outcome = Outcome { status: Status::Busy, sense: None, data_in: None };
 
 /// Longest transfer that is never refused, whatever is published.
 const MAX_TRANSFER_BLOCKS: u32 = 1 << 16;
@@ -279,28 +282,38 @@ impl Lun {
 
     /// Does one command. Thread-safe: as many at once as callers like.
     pub fn execute(&self, cdb: &[u8], data: &mut Data<'_, '_>) -> Outcome {
-        self.run(cdb, data, Manner::Whole).unwrap_or(Outcome { status: Status::Busy, sense: None, data_in: None })
+        self.run(cdb, data, Manner::Whole, None).unwrap_or(BUSY)
+    }
+
+    /// The same for the command that the transport calls `tag`, so that it can be [given up](Self::given_up).
+    pub fn execute_tagged(&self, tag: u16, cdb: &[u8], data: &mut Data<'_, '_>) -> Outcome {
+        self.run(cdb, data, Manner::Whole, Some(tag)).unwrap_or(BUSY)
     }
 
     /// Does a command that a process before this one may have done in part or whole without telling anybody.
-    pub fn execute_again(&self, cdb: &[u8], data: &mut Data<'_, '_>) -> Outcome {
-        self.run(cdb, data, Manner::Again).unwrap_or(Outcome { status: Status::Busy, sense: None, data_in: None })
+    pub fn execute_again(&self, tag: u16, cdb: &[u8], data: &mut Data<'_, '_>) -> Outcome {
+        self.run(cdb, data, Manner::Again, Some(tag)).unwrap_or(BUSY)
+    }
+
+    /// Nobody wants the answers of these commands any more: those that only wait for something end at once.
+    pub fn given_up(&self, tags: &[u16]) {
+        self.state.operation.given_up(tags);
     }
 
     /// Does the command if that needs no wait: it is answered from memory, or reads what is in memory. `None` means that
     /// nothing happened, and that the buffer may have changed.
     pub fn try_execute(&self, cdb: &[u8], data: &mut Data<'_, '_>) -> Option<Outcome> {
-        self.run(cdb, data, Manner::NoWait)
+        self.run(cdb, data, Manner::NoWait, None)
     }
 
-    fn run(&self, cdb: &[u8], data: &mut Data<'_, '_>, manner: Manner) -> Option<Outcome> {
+    fn run(&self, cdb: &[u8], data: &mut Data<'_, '_>, manner: Manner, tag: Option<u16>) -> Option<Outcome> {
         let no_wait = manner == Manner::NoWait;
         if self.state.exchanging.load(Ordering::Acquire) {
             return None;
         }
         let backing = if no_wait { self.state.backing.try_read()? } else { self.state.backing.read() };
         let again = manner == Manner::Again;
-        let command = Command { lun: &self.state, device: &*backing.device, limits: &backing.limits, no_wait, again };
+        let command = Command { lun: &self.state, device: &backing.device, limits: &backing.limits, no_wait, again, tag };
         let cdb = Cdb::new(cdb);
         let result = match command.find(&cdb) {
             Ok(entry) if no_wait && entry.blocking == Blocking::May => return None,
@@ -342,7 +355,7 @@ impl Lun {
 
     /// Takes a new size in bytes, no larger than the image is by now, and tells the initiator that asks next.
     pub fn capacity_changed(&self, size: u64) -> Result<(), ConfigError> {
-        let mut backing = self.state.backing.write();
+        let mut backing = self.state.backing_to_change();
         let limits = backing.device.limits();
         if size > limits.size {
             return Err(ConfigError::TooLarge { image: limits.size, lun: size });
@@ -366,7 +379,7 @@ impl Lun {
         if new.limits.size < lun {
             return Err(ConfigError::TooLarge { image: new.limits.size, lun });
         }
-        let mut backing = self.state.backing.write();
+        let mut backing = self.state.backing_to_change();
         let old = std::mem::replace(&mut *backing, new);
         self.state.attention.raise(Triple::INQUIRY_CHANGED);
         Ok(old.device)
@@ -386,7 +399,7 @@ impl Lun {
         let state = &self.state;
         state.exchanging.store(true, Ordering::Release);
         {
-            let mut backing = state.backing.write();
+            let mut backing = state.backing_to_change();
             backing.device = Arc::new(Absent(backing.limits));
         }
         if let Some((device, another)) = bring() {
@@ -439,25 +452,34 @@ impl State {
     /// Calls `run` with the image held in place, unless somebody is about to replace it.
     pub(super) fn with_command<R>(self: &Arc<Self>, run: impl FnOnce(&Command<'_>) -> R) -> Option<R> {
         let backing = self.backing.try_read()?;
-        Some(run(&Command { lun: self, device: &*backing.device, limits: &backing.limits, no_wait: false, again: false }))
+        Some(run(&Command { lun: self, device: &backing.device, limits: &backing.limits, no_wait: false, again: false, tag: None }))
     }
 
-    /// The same, waiting for the replacement. Not for a thread that holds another unit's image.
-    pub(super) fn with_command_waiting<R>(self: &Arc<Self>, run: impl FnOnce(&Command<'_>) -> R) -> R {
-        let backing = self.backing.read();
-        run(&Command { lun: self, device: &*backing.device, limits: &backing.limits, no_wait: false, again: false })
+    /// The image's place, to put another image there. Nobody uses the one that is there now.
+    fn backing_to_change(&self) -> RwLockWriteGuard<'_, Backing> {
+        loop {
+            // An operation begins with its command holding the image, so none begins once this is held.
+            let backing = self.backing.write();
+            if !self.operation.is_running() {
+                return backing;
+            }
+            drop(backing);
+            self.operation.wait_for_end();
+        }
     }
 }
 
 /// A command under way: what its function may use.
 pub struct Command<'a> {
     pub(super) lun: &'a Arc<State>,
-    pub(super) device: &'a dyn BlockDevice,
+    pub(super) device: &'a Arc<dyn BlockDevice>,
     pub(super) limits: &'a Limits,
     /// Give up with [`Reply::WouldBlock`] rather than wait.
     pub(super) no_wait: bool,
     /// Another process may have done it, in part or whole, and died.
     pub(super) again: bool,
+    /// What the transport calls it.
+    pub(super) tag: Option<u16>,
 }
 
 /// How a command is done.
@@ -508,11 +530,10 @@ impl Command<'_> {
         if entry.access == Access::Write {
             self.writable()?;
         }
-        cdb.check(entry, self.unsupported_bits(entry))?;
         if matches!(entry.access, Access::Medium | Access::Write) {
             self.lun.operation.admit(entry.opcode)?;
         }
-        Ok(())
+        cdb.check(entry, self.unsupported_bits(entry))
     }
 
     /// The medium may be changed.

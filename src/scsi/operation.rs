@@ -1,8 +1,10 @@
-//! The long operation that a unit may be engaged in: SANITIZE or FORMAT UNIT, how far it is, and what its failure leaves.
+//! The long operation that a unit may be engaged in: SANITIZE or FORMAT UNIT, how far it is, what its failure leaves, and the
+//! command that waits for its end.
 
 use crate::scsi::sense::{Fault, Triple};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
 
 /// Which operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +33,23 @@ pub struct Operation {
     /// Not idle; spares every command the lock.
     engaged: AtomicBool,
     state: Mutex<State>,
+    ended: Condvar,
+    waiting: Mutex<Option<Waiting>>,
+}
+
+/// The command that began an operation and ends with it.
+struct Waiting {
+    /// The transport's number of the command.
+    tag: Option<u16>,
+    wake: SyncSender<Waited>,
+}
+
+/// Why a command need not wait any longer.
+pub enum Waited {
+    /// The operation ended so.
+    Ended(Result<(), Fault>),
+    /// Nobody wants the command's answer any more. The operation goes on (SBC-3 4.11: no task management function ends it).
+    GivenUp,
 }
 
 /// SANITIZE's operation code.
@@ -56,6 +75,27 @@ impl Operation {
         if self.engaged.load(Ordering::Acquire) { sense_of(*self.state.lock()) } else { None }
     }
 
+    /// The command `tag` waits for the end, and is told of it through `wake`.
+    pub fn wait(&self, tag: Option<u16>, wake: SyncSender<Waited>) {
+        *self.waiting.lock() = Some(Waiting { tag, wake });
+    }
+
+    /// Tells the command that waits, if there is one still.
+    pub fn wake(&self, why: Waited) {
+        if let Some(waiting) = self.waiting.lock().take() {
+            // A command that is no longer there needs no waking.
+            let _ = waiting.wake.try_send(why);
+        }
+    }
+
+    /// These commands' answers are not wanted any more.
+    pub fn given_up(&self, tags: &[u16]) {
+        let named = self.waiting.lock().as_ref().and_then(|waiting| waiting.tag).is_some_and(|tag| tags.contains(&tag));
+        if named {
+            self.wake(Waited::GivenUp);
+        }
+    }
+
     /// Begins, unless one is under way.
     pub fn begin(&self, kind: Kind) -> Result<(), Fault> {
         let mut state = self.state.lock();
@@ -75,6 +115,16 @@ impl Operation {
         }
     }
 
+    /// One is under way.
+    pub fn is_running(&self) -> bool {
+        self.engaged.load(Ordering::Acquire) && matches!(*self.state.lock(), State::Running(..))
+    }
+
+    /// Waits while one is under way.
+    pub fn wait_for_end(&self) {
+        self.ended.wait_while(&mut self.state.lock(), |state| matches!(state, State::Running(..)));
+    }
+
     /// Ends.
     pub fn end(&self, well: bool) {
         let mut state = self.state.lock();
@@ -83,6 +133,7 @@ impl Operation {
             _ => State::Idle,
         };
         self.engaged.store(!matches!(*state, State::Idle), Ordering::Release);
+        self.ended.notify_all();
     }
 
     /// EXIT FAILURE MODE: gives the medium back after a failed SANITIZE that allowed it.

@@ -1,16 +1,17 @@
 //! SANITIZE (overwrite, block erase, exit failure mode) and FORMAT UNIT: what rewrites the whole medium (SBC-3 5.24, 5.5).
 //!
-//! While one runs, commands for the medium end with its progress. With IMMED it runs in a thread of its own.
+//! While one runs, in a thread of its own, commands for the medium end with its progress.
 
 use crate::scsi::cdb::Cdb;
 use crate::scsi::data::Data;
 use crate::scsi::lun::{Command, State};
 use crate::scsi::opcode::Reply;
-use crate::scsi::operation::Kind;
+use crate::scsi::operation::{Kind, Waited};
 use crate::scsi::sense::{Fault, Triple};
 use formats::ZeroMode;
 use std::io::IoSlice;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 
 /// Bytes written between two reports of progress, and erased unless the image's units are larger.
 const STEP: u64 = 4 << 20;
@@ -93,41 +94,47 @@ pub fn format_unit(command: &Command<'_>, cdb: &Cdb<'_>, data: &mut Data<'_, '_>
     start(command, Kind::Format, immediate, Work::Erase)
 }
 
-/// Runs the work, or hands it to a thread.
+/// Hands the work to a thread, and waits for it unless the command is immediate. A command that is given up meanwhile ends at once: its
+/// data were taken over already, and the work goes on without it.
 fn start(command: &Command<'_>, kind: Kind, immediate: bool, work: Work) -> Result<Reply, Fault> {
     command.lun.operation.begin(kind)?;
-    let engaged = Engaged { lun: command.lun.clone(), well: false };
+    let mut engaged = Engaged { lun: command.lun.clone(), end: None };
+    let (wake, waited) = sync_channel(1);
     if !immediate {
-        engaged.finish(run(command, &work))?;
+        command.lun.operation.wait(command.tag, wake);
+    }
+    let (device, limits) = (command.device.clone(), *command.limits);
+    let background = move || {
+        let command = Command { lun: &engaged.lun, device: &device, limits: &limits, no_wait: false, again: false, tag: None };
+        engaged.end = Some(run(&command, &work));
+        drop(device);
+        drop(engaged);
+    };
+    if std::thread::Builder::new().name("scsi-sanitize".into()).spawn(background).is_err() {
+        return Err(Triple::INTERNAL_FAILURE.into());
+    }
+    if immediate {
         return Ok(Reply::Done);
     }
-    let background = move || {
-        let result = engaged.lun.with_command_waiting(|command| run(command, &work));
-        // The operation's state keeps the failure for whoever asks.
-        let _ = engaged.finish(result);
-    };
-    match std::thread::Builder::new().name("scsi-sanitize".into()).spawn(background) {
-        Ok(_) => Ok(Reply::Done),
+    match waited.recv() {
+        Ok(Waited::Ended(result)) => result.map(|()| Reply::Done),
+        Ok(Waited::GivenUp) => Err(command.lun.operation.state().unwrap_or(Triple::NO_SENSE.into())),
         Err(_) => Err(Triple::INTERNAL_FAILURE.into()),
     }
 }
 
-/// The unit's operation under way. Dropped before it has finished (by a panic below, say) it has failed.
+/// The unit's operation under way. Dropped without an end (by a panic below, say) it has failed.
 struct Engaged {
     lun: Arc<State>,
-    well: bool,
-}
-
-impl Engaged {
-    fn finish(mut self, result: Result<(), Fault>) -> Result<(), Fault> {
-        self.well = result.is_ok();
-        result
-    }
+    end: Option<Result<(), Fault>>,
 }
 
 impl Drop for Engaged {
     fn drop(&mut self) {
-        self.lun.operation.end(self.well);
+        let end = self.end.take().unwrap_or(Err(Triple::INTERNAL_FAILURE.into()));
+        self.lun.operation.end(end.is_ok());
+        // The operation's state keeps the failure for whoever asks, if nobody waits.
+        self.lun.operation.wake(Waited::Ended(end));
     }
 }
 

@@ -17,16 +17,17 @@ impl Service for Lun {
     }
 
     fn execute(&self, command: &mut Command) -> Completion {
-        let recovered = command.recovered();
+        let (recovered, tag) = (command.recovered(), command.id());
         let (cdb, mut data) = command.parts();
         let mut slices = data.slices_mut();
         let mut data = Data::new(&mut slices);
-        let outcome = if recovered { self.execute_again(cdb, &mut data) } else { Lun::execute(self, cdb, &mut data) };
+        let outcome = if recovered { self.execute_again(tag, cdb, &mut data) } else { self.execute_tagged(tag, cdb, &mut data) };
         completion(outcome, cdb)
     }
 
     fn task_management(&self, notice: &TaskManagement) {
         tracing::debug!("the target manages tasks: {notice:?}");
+        self.given_up(&notice.commands);
     }
 }
 

@@ -57,6 +57,11 @@ impl Memory {
         self.state.lock().unwrap().failure = kind;
     }
 
+    /// Keeps everything that reads or writes waiting until it is dropped.
+    pub fn hold(&self) -> impl Sized + '_ {
+        self.state.lock().unwrap()
+    }
+
     pub fn flush_count(&self) -> usize {
         self.flushes.load(Ordering::SeqCst)
     }

@@ -255,13 +255,13 @@ fn compare_and_write_is_taken_over_from_a_dead_process() {
             assert_eq!(disk.triple(&compare_and_write(0, 5, 8), &both), MISCOMPARE);
         }
         let mut data = both.clone();
-        let outcome = disk.lun.execute_again(&compare_and_write(0, 5, 8), &mut Data::new(&mut [IoSliceMut::new(&mut data)]));
+        let outcome = disk.lun.execute_again(1, &compare_and_write(0, 5, 8), &mut Data::new(&mut [IoSliceMut::new(&mut data)]));
         assert_eq!(outcome, good(), "{written} blocks written");
         assert_eq!(disk.memory.bytes()[5 * 512..13 * 512], new);
         let mut other = [new.clone(), old.clone()].concat();
         other[3 * 512] ^= 1;
         other[11 * 512] ^= 1;
-        let outcome = disk.lun.execute_again(&compare_and_write(0, 5, 8), &mut Data::new(&mut [IoSliceMut::new(&mut other)]));
+        let outcome = disk.lun.execute_again(1, &compare_and_write(0, 5, 8), &mut Data::new(&mut [IoSliceMut::new(&mut other)]));
         assert_eq!(outcome.status, Status::CheckCondition);
         assert_eq!(disk.memory.bytes()[5 * 512..13 * 512], new);
     }

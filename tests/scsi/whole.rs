@@ -2,7 +2,10 @@
 
 use crate::harness::*;
 use formats::Kind;
-use img_tcmu::scsi::Config;
+use img_tcmu::scsi::{Config, Data};
+use std::io::IoSliceMut;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 fn sanitize(action: u8, list_len: u16) -> [u8; 10] {
     let [high, low] = list_len.to_be_bytes();
@@ -88,6 +91,51 @@ fn in_the_background() {
         waited = true;
     }
     assert!(waited || disk.memory.flush_count() >= 31);
+    assert!(all_blocks_are(&disk.memory, &[0x77; 512]));
+}
+
+/// Of a field in error and an operation under way, the operation is what is told.
+fn is_in_progress(disk: &Disk, cdb: &[u8]) -> bool {
+    disk.run(cdb, &mut [0; 512]).sense.is_some_and(|sense| sense.as_bytes()[2..][..1] == [2] && sense.as_bytes()[12..14] == [0x04, 0x1B])
+}
+
+#[test]
+fn a_command_that_is_given_up_ends_and_the_work_goes_on() {
+    let disk = Disk::new();
+    let list = overwrite(1, &[0x77]);
+    let held = disk.memory.hold();
+    std::thread::scope(|scope| {
+        let lun = disk.lun.clone();
+        let command = scope.spawn(move || {
+            let mut list = list;
+            lun.execute_tagged(7, &sanitize(1, 5), &mut Data::new(&mut [IoSliceMut::new(&mut list)]))
+        });
+        while !is_in_progress(&disk, &[0; 6]) {
+            std::thread::yield_now();
+        }
+        assert!(is_in_progress(&disk, &[0x1B, 1, 0, 0, 0x12, 0]), "not INVALID FIELD IN CDB");
+        // The command may not have come to wait yet, in which case the notice is early, and comes to nothing.
+        let patience = Instant::now();
+        disk.lun.given_up(&[6, 8]);
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!command.is_finished(), "others were given up");
+        while !command.is_finished() {
+            assert!(patience.elapsed() < Duration::from_secs(10), "the command waits on");
+            disk.lun.given_up(&[6, 7]);
+            std::thread::yield_now();
+        }
+        let sense = command.join().unwrap().sense.unwrap();
+        assert_eq!((sense.as_bytes()[12], sense.as_bytes()[13]), (0x04, 0x1B));
+        assert!(is_in_progress(&disk, &cdb10(0x28, 0, 0, 1)));
+        // The image is not taken from under it.
+        let memory = Arc::new(Memory::new(1 << 20));
+        let lun = disk.lun.clone();
+        let replacing = scope.spawn(move || lun.replace(memory).map(drop));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!replacing.is_finished());
+        drop(held);
+        replacing.join().unwrap().unwrap();
+    });
     assert!(all_blocks_are(&disk.memory, &[0x77; 512]));
 }
 

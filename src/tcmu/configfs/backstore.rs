@@ -163,6 +163,15 @@ impl Backstore {
         write(&self.path.join("attrib").join(name), value)
     }
 
+    /// Has the kernel put a notice into the ring when commands are given up (`tmr_notification`, Linux 5.9). It takes that only
+    /// while the device is not exported; then it stays so until the device is removed.
+    pub fn notify_of_task_management(&self) -> Result<()> {
+        match self.attribute("tmr_notification")?.trim() {
+            "1" => Ok(()),
+            _ => self.set_attribute("tmr_notification", "1"),
+        }
+    }
+
     /// A number in `attrib/<name>`.
     fn number(&self, name: &str) -> Result<u64> {
         let text = self.attribute(name)?;
