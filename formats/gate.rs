@@ -9,7 +9,7 @@ use crate::locks::{self, Use};
 use crate::store::FileStore;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -150,6 +150,25 @@ impl Gate {
         }
         locks::lock(file, path, how)
     }
+}
+
+/// The most files beside an image that are looked into for its parent.
+const MAX_BESIDE: usize = 10_000;
+
+/// For images that know their parent by its contents alone: the name (as one that the image at `by` could have, for [`Gate::open_implicit`] to allow or not) of
+/// the first file in `directory`, counted from that of `by`, of which `wanted` says so by its first `len` bytes. Only regular files are looked into, no links.
+pub(crate) fn find_beside(by: &Path, directory: &Path, len: usize, wanted: impl Fn(&[u8]) -> bool) -> Option<PathBuf> {
+    let place = by.parent().unwrap_or(Path::new("")).join(directory);
+    let place = if place.as_os_str().is_empty() { PathBuf::from(".") } else { place };
+    let mut names: Vec<_> = std::fs::read_dir(place).ok()?.take(MAX_BESIDE).flatten().collect();
+    names.sort_by_key(std::fs::DirEntry::file_name);
+    names.into_iter().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file())).find_map(|entry| {
+        let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(entry.path()).ok()?;
+        let mut head = vec![0; len];
+        file.read_exact_at(&mut head, 0).ok()?;
+        wanted(&head).then(|| directory.join(entry.file_name()))
+    })
 }
 
 fn open(path: &Path, writable: bool) -> Result<File> {

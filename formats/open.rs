@@ -29,6 +29,8 @@ pub struct OpenOptions {
     pub ignore_discard: bool,
     /// Another parent than the one that the image names (moved, or named by an absolute path of another machine).
     pub parent: Option<PathBuf>,
+    /// The format of the image's parent: for those that do not say it, and instead of what the others say.
+    pub parent_format: Option<String>,
     /// Show an internal snapshot, read-only.
     pub snapshot_name: Option<String>,
     /// Where writes go instead of to the image, which is then opened read-only. `read_only` is that of the overlay.
@@ -205,11 +207,12 @@ impl Opener<'_> {
                     }
                     None => self.open_first(chain, path, &parent.names)?,
                 };
-                let Some(name) = parent.format.take() else {
+                let said = options.parent_format.clone().filter(|_| top);
+                let Some(name) = said.or(parent.format.take()) else {
                     return Err(Error::new(
                         Kind::Denied,
                         format!(
-                            "the image does not say which format its backing file {} has, and guessing it could be abused by a guest that wrote to it (qemu-img rebase -u -b FILE -F FORMAT writes it down)",
+                            "the image does not say which format its backing file {} has, and guessing it could be abused by a guest that wrote to it (parent-format=FORMAT says it; for a qcow2, qemu-img rebase -u -b FILE -F FORMAT writes it down)",
                             parent_path.display()
                         ),
                     )

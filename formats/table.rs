@@ -4,6 +4,7 @@
 
 use crate::error::{Error, Result};
 use crate::writeback::WriteBack;
+use smallvec::SmallVec;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -15,6 +16,8 @@ const PAGE: usize = 512;
 pub(crate) enum Width {
     /// 8 bytes, little-endian.
     Le64,
+    /// 4 bytes, little-endian.
+    Le32,
     /// 4 bytes, big-endian.
     Be32,
 }
@@ -24,7 +27,7 @@ impl Width {
     pub(crate) fn bytes(self) -> u64 {
         match self {
             Self::Le64 => 8,
-            Self::Be32 => 4,
+            Self::Le32 | Self::Be32 => 4,
         }
     }
 
@@ -32,7 +35,17 @@ impl Width {
     pub(crate) fn decode(self, bytes: &[u8]) -> u64 {
         match self {
             Self::Le64 => bytes.try_into().map_or(0, u64::from_le_bytes),
+            Self::Le32 => bytes.try_into().map_or(0, |b| u64::from(u32::from_le_bytes(b))),
             Self::Be32 => bytes.try_into().map_or(0, |b| u64::from(u32::from_be_bytes(b))),
+        }
+    }
+
+    /// The bytes of an entry.
+    pub(crate) fn encode(self, entry: u64) -> SmallVec<[u8; 8]> {
+        match self {
+            Self::Le64 => SmallVec::from_slice(&entry.to_le_bytes()),
+            Self::Le32 => SmallVec::from_slice(&(entry as u32).to_le_bytes()),
+            Self::Be32 => SmallVec::from_slice(&(entry as u32).to_be_bytes()),
         }
     }
 }
@@ -90,10 +103,7 @@ impl Table {
     pub(crate) fn publish(&self, index: u64, entry: u64) -> Result<()> {
         // In memory before it is published, or a slower load of the page could bring the old entry back.
         let slot = self.slot(index)?;
-        match self.width {
-            Width::Le64 => self.writeback.publish(0, self.place(index), &entry.to_le_bytes())?,
-            Width::Be32 => self.writeback.publish(0, self.place(index), &(entry as u32).to_be_bytes())?,
-        }
+        self.writeback.publish(0, self.place(index), &self.width.encode(entry))?;
         slot.store(entry, Ordering::Release);
         Ok(())
     }

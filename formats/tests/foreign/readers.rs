@@ -49,6 +49,30 @@ else:
 compare(image, image.size, raw)
 ";
 
+const DISSECT_ON_PARENT: &str = "
+import io, sys
+from pathlib import Path
+raw, name, kind = sys.argv[1], sys.argv[2], sys.argv[3]
+base = Path(name).parent / 'base'
+
+class Longer:
+    'A parent with zeros behind its end.'
+    def __init__(self, disk):
+        self.disk = disk
+    def seek(self, at):
+        self.disk.seek(at)
+    def read(self, count):
+        got = self.disk.read(count)
+        return got + bytes(count - len(got))
+
+if kind == 'vdi':
+    from dissect.hypervisor.disk.vdi import VDI
+    parent = Longer(VDI(base).open()) if base.exists() else None
+    disk = VDI(Path(name), parent)
+    image, size = disk.open(), disk.size
+compare(image, size, raw)
+";
+
 /// The Python that has dissect.hypervisor: `$DISSECT_PYTHON`, or the first one in the path.
 fn dissect_python() -> String {
     std::env::var("DISSECT_PYTHON").unwrap_or_else(|_| "python3".to_owned())
@@ -68,4 +92,14 @@ pub fn dissect_agrees(dir: &Path, image: &str, raw: &Raw) {
     let script = format!("{COMPARE}{DISSECT}");
     let (ok, text) = try_run(dir, &dissect_python(), &["-c", &script, raw.path.to_str().unwrap(), image]);
     assert!(ok, "dissect.hypervisor (pip install dissect.hypervisor; DISSECT_PYTHON names the Python that has it) on {image}: {text}");
+}
+
+/// dissect.hypervisor reads an image of a kind that it has to be told, on the file `base` beside it if there is one, as these bytes.
+pub fn dissect_reads(kind: &str, file: &Path, content: &[u8]) {
+    let plain = tempfile::NamedTempFile::new_in(file.parent().unwrap()).unwrap();
+    std::fs::write(plain.path(), content).unwrap();
+    let script = format!("{COMPARE}{DISSECT_ON_PARENT}");
+    let args = ["-c", &script, plain.path().to_str().unwrap(), file.to_str().unwrap(), kind];
+    let (ok, text) = try_run(file.parent().unwrap(), &dissect_python(), &args);
+    assert!(ok, "dissect.hypervisor (pip install dissect.hypervisor) on {}: {text}", file.display());
 }

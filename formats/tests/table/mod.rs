@@ -39,6 +39,10 @@ pub struct Kind {
     pub qemu: bool,
     /// `qemu-img check` knows the format.
     pub qemu_check: bool,
+    /// Of what `qemu-img check` says of an image after a cut: complaints of this are none of ours, since the format has no way to spare it them.
+    pub qemu_tolerated: Option<&'static str>,
+    /// The parent's format, where the image has no way to say it.
+    pub parent_format: Option<&'static str>,
     /// Our own `check` knows it.
     pub check: bool,
     /// It can be made longer.
@@ -96,6 +100,7 @@ macro_rules! for_each_kind {
             vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
             vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
             vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains vmdk_stream
+            vdi_dynamic vdi_static vdi_differencing parallels parallels_64k parallels_old
             raw_gzip raw_bgzf raw_xz raw_zstd raw_bzip2 raw_lz4 raw_lzip
             qcow2_gzip qcow2_bgzf qcow2_xz qcow2_zstd_stream qcow2_bzip2 qcow2_lz4 qcow2_lzip);
     };
@@ -113,7 +118,8 @@ macro_rules! for_each_writable_kind {
             qcow2_on_raw qcow2_chain qcow2_v2_on_raw overlay_on_gzip overlay_on_vhdx
             vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
             vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
-            vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains);
+            vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains
+            vdi_dynamic vdi_static vdi_differencing parallels parallels_64k parallels_old);
     };
 }
 #[allow(unused_imports)]

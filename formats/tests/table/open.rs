@@ -15,6 +15,7 @@ pub fn file(kind: &Kind, path: &Path, read_only: bool) -> Arc<Image> {
     let mut options = OpenOptions::new(path).read_only(read_only);
     // What is said to be raw is no stream.
     options.format = (!kind.stream || kind.format != "raw").then(|| kind.format.to_string());
+    options.parent_format = kind.parent_format.map(str::to_owned);
     formats::open(&options).unwrap_or_else(|e| panic!("{}: {}", kind.name, e.chain()))
 }
 
@@ -30,7 +31,11 @@ pub fn over(kind: &Kind, path: &Path, store: Arc<dyn Store>, writable: bool, red
         None => None,
         Some(parent) => {
             let file = path.parent().unwrap().join(parent.names.first().ok_or_else(|| formats::Error::corrupt("no parent's name"))?);
-            let name = parent.format.ok_or_else(|| formats::Error::corrupt("the image does not say its parent's format"))?;
+            let name = kind
+                .parent_format
+                .map(str::to_owned)
+                .or(parent.format)
+                .ok_or_else(|| formats::Error::corrupt("the image does not say its parent's format"))?;
             let below = formats::open(&OpenOptions::new(file).format(name).read_only(true))?;
             if let Some(verify) = parent.verify {
                 verify(below.format())?;

@@ -1,7 +1,7 @@
 //! The rows of the table. Made by `qemu-img`, which is somebody else's writer, or, where no program on Linux makes them, by the tests' own writers, which
 //! know nothing of the code under test.
 
-use super::foreign::readers::dissect_agrees;
+use super::foreign::readers::{dissect_agrees, dissect_reads};
 use super::foreign::vhd_writer::{Runs, Vhd, flatten, uuid};
 use super::foreign::vhdx_writer::{Block, Vhdx, data_write_guid};
 use super::foreign::{MIB, Raw};
@@ -21,7 +21,9 @@ fn kind(name: &'static str, format: &'static str, size: u64) -> Kind {
         size,
         make: Box::new(|_, _| unreachable!("every row has a recipe")),
         qemu: true,
-        qemu_check: matches!(format, "qcow2" | "vmdk"),
+        qemu_check: matches!(format, "qcow2" | "vmdk" | "vdi" | "qed" | "parallels"),
+        qemu_tolerated: None,
+        parent_format: None,
         check: formats::drivers::by_name(format).unwrap().can.check,
         grows: formats::drivers::by_name(format).unwrap().can.grow,
         stream: false,
@@ -477,6 +479,94 @@ pub fn vmdk_stream() -> Kind {
     converted(kind("vmdk_stream", "vmdk", (3 << 20) + 512), &["-o", "subformat=streamOptimized"], nothing)
 }
 
+/// QEMU calls it an error when the header counts a block that is not used, which no order of writes can spare a cut.
+const VDI_COUNT: Option<&str> = Some("allocated blocks mismatch");
+
+/// Blocks of 1 MiB, as needed.
+pub fn vdi_dynamic() -> Kind {
+    Kind { qemu_tolerated: VDI_COUNT, ..converted(kind("vdi_dynamic", "vdi", (5 << 20) + 1536), &[], nothing) }
+}
+
+/// All blocks from the start.
+pub fn vdi_static() -> Kind {
+    let row = kind("vdi_static", "vdi", (2 << 20) + (300 << 10));
+    Kind { qemu_tolerated: VDI_COUNT, grows: false, ..converted(row, &["-o", "static=on"], nothing) }
+}
+
+/// On a parent: images that QEMU made, of which one is turned into the other's child, with a block of zeros over the parent's.
+pub fn vdi_differencing() -> Kind {
+    Kind {
+        make: Box::new(|kind, dir| {
+            let mut content = guest::initial(kind.size);
+            let (source, base, file) = (dir.join("source"), dir.join("base"), dir.join("image"));
+            fs::write(&source, &content).unwrap();
+            qemu::must("qemu-img", &["convert", "-q", "-f", "raw", "-O", "vdi", text(&source), text(&base)]);
+            fs::remove_file(source).unwrap();
+            qemu::must("qemu-img", &["create", "-q", "-f", "vdi", text(&file), &kind.size.to_string()]);
+            // What QEMU does not write of a block is zeros.
+            let mut written = vec![0; 2 * MIB as usize];
+            scribble(&file, "vdi", &mut written, 4);
+            let mut bytes = fs::read(&file).unwrap();
+            let le32 = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+            let map = le32(&bytes, 0x154) as usize;
+            for block in 0..2 {
+                let range = block * MIB as usize..(block + 1) * MIB as usize;
+                if le32(&bytes, map + block * 4) < 0xFFFF_FFFE {
+                    content[range.clone()].copy_from_slice(&written[range]);
+                }
+            }
+            bytes[map + 12..map + 16].copy_from_slice(&0xFFFF_FFFE_u32.to_le_bytes());
+            content[3 * MIB as usize..4 * MIB as usize].fill(0);
+            bytes[0x4C] = 4;
+            let parent = fs::read(&base).unwrap();
+            bytes[0x1A8..0x1B8].copy_from_slice(&parent[0x188..0x198]);
+            bytes[0x1B8..0x1C8].copy_from_slice(&parent[0x198..0x1A8]);
+            fs::write(&file, bytes).unwrap();
+            Made { file, content }
+        }),
+        qemu: false,
+        qemu_check: false,
+        reader: Some(|file, content| dissect_reads("vdi", file, content)),
+        ..kind("vdi_differencing", "vdi", (5 << 20) + 1024)
+    }
+}
+
+/// QEMU calls it an error that an image was not closed, which after a cut it was not.
+const PARALLELS_OPEN: Option<&str> = Some("image was not closed correctly");
+
+/// As `qemu-img` makes it: clusters of 1 MiB.
+pub fn parallels() -> Kind {
+    Kind { qemu_tolerated: PARALLELS_OPEN, ..converted(kind("parallels", "parallels", (5 << 20) + 1536), &[], nothing) }
+}
+
+/// Small clusters.
+pub fn parallels_64k() -> Kind {
+    let row = kind("parallels_64k", "parallels", (2 << 20) + 512);
+    Kind { qemu_tolerated: PARALLELS_OPEN, ..converted(row, &["-o", "cluster_size=64k"], nothing) }
+}
+
+/// The older kind, whose table counts sectors: QEMU's newer one with its table and sizes rewritten, read by QEMU.
+pub fn parallels_old() -> Kind {
+    let row = kind("parallels_old", "parallels", (3 << 20) + 1024);
+    Kind {
+        qemu_tolerated: PARALLELS_OPEN,
+        ..converted(row, &["-o", "cluster_size=128k"], |file, _| {
+            let mut bytes = fs::read(file).unwrap();
+            let le32 = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+            let (tracks, entries) = (le32(&bytes, 28), le32(&bytes, 32));
+            bytes[..16].copy_from_slice(b"WithoutFreeSpace");
+            for entry in 0..entries as usize {
+                let at = 64 + entry * 4;
+                let sector = le32(&bytes, at) * tracks;
+                bytes[at..at + 4].copy_from_slice(&sector.to_le_bytes());
+            }
+            // Of the size only the lower half counts.
+            bytes[40..44].fill(0xA5);
+            fs::write(file, bytes).unwrap();
+        })
+    }
+}
+
 /// An image in a stream, made from `inner` by a shell command that reads the file `plain` and writes to standard output.
 fn streamed(name: &'static str, inner: Kind, command: &'static str) -> Kind {
     Kind {
@@ -485,6 +575,8 @@ fn streamed(name: &'static str, inner: Kind, command: &'static str) -> Kind {
         size: inner.size,
         qemu: false,
         qemu_check: false,
+        qemu_tolerated: None,
+        parent_format: None,
         check: inner.check,
         grows: false,
         stream: true,

@@ -1,0 +1,133 @@
+//! What is peculiar to VDI and Parallels images: parents found by UUID, marks of open images, counts and clusters that are mended.
+
+mod table;
+
+use formats::{Kind as ErrorKind, OpenOptions};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use table::{open, qemu, rows, scratch};
+
+fn poke(path: &Path, at: u64, bytes: &[u8]) {
+    File::options().write(true).open(path).unwrap().write_all_at(bytes, at).unwrap();
+}
+
+fn le32(path: &Path, at: u64) -> u32 {
+    let mut bytes = [0; 4];
+    File::open(path).unwrap().read_exact_at(&mut bytes, at).unwrap();
+    u32::from_le_bytes(bytes)
+}
+
+fn read_only(path: &Path) -> OpenOptions {
+    OpenOptions::new(path).read_only(true)
+}
+
+#[test]
+fn vdi_parents_are_found_by_their_uuid() {
+    let dir = scratch();
+    let made = rows::vdi_differencing().make(dir.path());
+    // VirtualBox's layout: the parent beside the directory of the snapshots, which lies outside the child's own tree.
+    fs::create_dir(dir.path().join("Snapshots")).unwrap();
+    let child = dir.path().join("Snapshots/image");
+    fs::rename(&made.file, &child).unwrap();
+    fs::rename(dir.path().join("base"), dir.path().join("any name.vdi")).unwrap();
+    let refused = formats::open(&read_only(&child)).err().expect("the parent lies outside");
+    assert_eq!(refused.kind(), ErrorKind::Denied, "{}", refused.chain());
+    let mut allowed = read_only(&child);
+    allowed.gate.allowed.push(dir.path().to_path_buf());
+    assert!(open::read_all(&*formats::open(&allowed).unwrap()).unwrap() == made.content);
+    // A file of another UUID is not taken.
+    let parent = dir.path().join("Snapshots/any name.vdi");
+    fs::rename(dir.path().join("any name.vdi"), &parent).unwrap();
+    assert!(open::read_all(&*formats::open(&read_only(&child)).unwrap()).unwrap() == made.content);
+    poke(&parent, 0x188, &[7; 16]);
+    let missing = formats::open(&read_only(&child)).err().expect("there is no such parent");
+    assert_eq!(missing.kind(), ErrorKind::NotFound, "{}", missing.chain());
+    // Named by the user it is still not the one.
+    let named = OpenOptions { parent: Some(parent), ..read_only(&child) };
+    assert_eq!(formats::open(&named).err().unwrap().kind(), ErrorKind::Corrupt);
+}
+
+#[test]
+fn vdi_parents_that_have_changed_are_refused() {
+    let dir = scratch();
+    let made = rows::vdi_differencing().make(dir.path());
+    drop(formats::open(&OpenOptions::new(&made.file)).unwrap());
+    assert!(open::read_all(&*formats::open(&read_only(&made.file)).unwrap()).unwrap() == made.content);
+    let base = formats::open(&OpenOptions::new(dir.path().join("base"))).unwrap();
+    open::write(&*base, 0, b"changed").unwrap();
+    drop(base);
+    let error = formats::open(&read_only(&made.file)).err().expect("the parent has changed");
+    assert!(error.chain().contains("modification UUID"), "{}", error.chain());
+}
+
+#[test]
+fn vdi_counts_are_mended() {
+    let dir = scratch();
+    let kind = rows::vdi_dynamic();
+    let made = kind.make(dir.path());
+    let allocated = le32(&made.file, 0x184);
+    // Blocks that are counted and not used: one in the middle, and some that the header has on top.
+    let map = u64::from(le32(&made.file, 0x154));
+    let victim = (0..5).find(|n| le32(&made.file, map + n * 4) == 1).unwrap();
+    poke(&made.file, map + victim * 4, &u32::MAX.to_le_bytes());
+    let mut content = made.content.clone();
+    content[(victim << 20) as usize..((victim + 1) << 20) as usize].fill(0);
+    let image = formats::open(&OpenOptions { repair: true, ..OpenOptions::new(&made.file) }).unwrap();
+    assert_eq!((image.check(false).unwrap().corruptions, image.check(false).unwrap().leaks), (0, 1));
+    let report = image.check(true).unwrap();
+    assert_eq!((report.leaks, report.leaks_fixed), (1, 1), "{:?}", report.notes);
+    assert!(open::read_all(&*image).unwrap() == content);
+    open::write(&*image, victim << 20, &[9; 700]).unwrap();
+    content[(victim << 20) as usize..(victim << 20) as usize + 700].fill(9);
+    drop(image);
+    qemu::clean(&kind, &made.file).unwrap();
+    qemu::compare(&kind, &made.file, &content).unwrap();
+    // A block behind those that are counted, where another program would put its next one.
+    poke(&made.file, 0x184, &(allocated - 1).to_le_bytes());
+    let image = formats::open(&OpenOptions { repair: true, ..OpenOptions::new(&made.file) }).unwrap();
+    let report = image.check(true).unwrap();
+    assert_eq!((report.corruptions, report.corruptions_fixed), (1, 1), "{:?}", report.notes);
+    drop(image);
+    qemu::clean(&kind, &made.file).unwrap();
+    qemu::compare(&kind, &made.file, &content).unwrap();
+}
+
+#[test]
+fn vdi_kinds_that_are_not_served_are_named() {
+    let dir = scratch();
+    let made = rows::vdi_dynamic().make(dir.path());
+    poke(&made.file, 0x4C, &3u32.to_le_bytes());
+    let error = formats::open(&read_only(&made.file)).err().unwrap();
+    assert!(error.kind() == ErrorKind::Unsupported && error.chain().contains("undo"), "{}", error.chain());
+}
+
+#[test]
+fn parallels_images_say_that_they_are_open() {
+    const OPEN: u32 = 0x746F_6E59;
+    let dir = scratch();
+    let kind = rows::parallels_64k();
+    let made = kind.make(dir.path());
+    let image = formats::open(&OpenOptions::new(&made.file)).unwrap();
+    assert_eq!(le32(&made.file, 44), 0, "nothing has been written yet");
+    open::write(&*image, 0, b"x").unwrap();
+    assert_eq!(le32(&made.file, 44), OPEN);
+    image.close().unwrap();
+    drop(image);
+    assert_eq!(le32(&made.file, 44), 0);
+    // Left open, with a cluster that nothing leads to: served read-only as it is, mended before it is written to.
+    poke(&made.file, 44, &OPEN.to_le_bytes());
+    let len = fs::metadata(&made.file).unwrap().len();
+    File::options().write(true).open(&made.file).unwrap().set_len(len + (64 << 10)).unwrap();
+    let image = formats::open(&read_only(&made.file)).unwrap();
+    assert_eq!(image.check(false).unwrap().leaks, 1);
+    drop(image);
+    assert_eq!(le32(&made.file, 44), OPEN);
+    drop(formats::open(&OpenOptions::new(&made.file)).unwrap());
+    assert_eq!((le32(&made.file, 44), fs::metadata(&made.file).unwrap().len()), (0, len));
+    qemu::clean(&kind, &made.file).unwrap();
+    // Bitmaps that writing would make wrong.
+    poke(&made.file, 56, &(len / 512).to_le_bytes());
+    assert_eq!(formats::open(&OpenOptions::new(&made.file)).err().unwrap().kind(), ErrorKind::Unsupported);
+    formats::open(&read_only(&made.file)).unwrap();
+}
