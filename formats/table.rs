@@ -16,6 +16,8 @@ const PAGE: usize = 512;
 pub(crate) enum Width {
     /// 8 bytes, little-endian.
     Le64,
+    /// 8 bytes, big-endian.
+    Be64,
     /// 4 bytes, little-endian.
     Le32,
     /// 4 bytes, big-endian.
@@ -26,7 +28,7 @@ impl Width {
     /// Bytes of an entry.
     pub(crate) fn bytes(self) -> u64 {
         match self {
-            Self::Le64 => 8,
+            Self::Le64 | Self::Be64 => 8,
             Self::Le32 | Self::Be32 => 4,
         }
     }
@@ -35,6 +37,7 @@ impl Width {
     pub(crate) fn decode(self, bytes: &[u8]) -> u64 {
         match self {
             Self::Le64 => bytes.try_into().map_or(0, u64::from_le_bytes),
+            Self::Be64 => bytes.try_into().map_or(0, u64::from_be_bytes),
             Self::Le32 => bytes.try_into().map_or(0, |b| u64::from(u32::from_le_bytes(b))),
             Self::Be32 => bytes.try_into().map_or(0, |b| u64::from(u32::from_be_bytes(b))),
         }
@@ -44,6 +47,7 @@ impl Width {
     pub(crate) fn encode(self, entry: u64) -> SmallVec<[u8; 8]> {
         match self {
             Self::Le64 => SmallVec::from_slice(&entry.to_le_bytes()),
+            Self::Be64 => SmallVec::from_slice(&entry.to_be_bytes()),
             Self::Le32 => SmallVec::from_slice(&(entry as u32).to_le_bytes()),
             Self::Be32 => SmallVec::from_slice(&(entry as u32).to_be_bytes()),
         }

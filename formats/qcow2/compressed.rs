@@ -12,7 +12,7 @@ thread_local! {
 }
 
 /// Calls `with` with a buffer of `len` bytes that is kept for the thread's next call.
-pub(super) fn with_input<R>(len: usize, with: impl FnOnce(&mut [u8]) -> R) -> R {
+pub(crate) fn with_input<R>(len: usize, with: impl FnOnce(&mut [u8]) -> R) -> R {
     INPUT.with_borrow_mut(|buf| {
         buf.resize(len, 0);
         with(buf)
@@ -31,6 +31,11 @@ pub(super) fn decode(kind: Compression, input: &[u8], out: &mut [u8]) -> Result<
         Some(n) => Err(shorter(n)),
         None => Err(Error::corrupt("a compressed cluster cannot be decoded")),
     }
+}
+
+/// Fills `out` with the raw deflate stream at the start of `input`, if there is as much in it: also for what qcow's version 1 compresses.
+pub(crate) fn fill_from_deflate(input: &[u8], out: &mut [u8]) -> bool {
+    inflate(input, out) == Some(out.len())
 }
 
 fn inflate(input: &[u8], out: &mut [u8]) -> Option<usize> {

@@ -18,7 +18,7 @@ mod allocate;
 mod bitmaps;
 mod check;
 mod clear;
-mod compressed;
+pub(crate) mod compressed;
 mod counts;
 pub mod create;
 mod entry;

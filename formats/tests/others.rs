@@ -1,4 +1,4 @@
-//! What is peculiar to VDI and Parallels images: parents found by UUID, marks of open images, counts and clusters that are mended.
+//! What is peculiar to VDI, Parallels, QED and qcow1 images: parents found by UUID, marks of open images, counts and clusters that are mended.
 
 mod table;
 
@@ -130,4 +130,87 @@ fn parallels_images_say_that_they_are_open() {
     poke(&made.file, 56, &(len / 512).to_le_bytes());
     assert_eq!(formats::open(&OpenOptions::new(&made.file)).err().unwrap().kind(), ErrorKind::Unsupported);
     formats::open(&read_only(&made.file)).unwrap();
+}
+
+#[test]
+fn qed_images_say_that_they_need_a_check() {
+    let dir = scratch();
+    let kind = rows::qed();
+    let made = kind.make(dir.path());
+    let image = formats::open(&OpenOptions::new(&made.file)).unwrap();
+    assert_eq!(le32(&made.file, 16), 0, "nothing has been written yet");
+    open::write(&*image, 0, b"x").unwrap();
+    assert_eq!(le32(&made.file, 16), 2);
+    image.close().unwrap();
+    drop(image);
+    assert_eq!(le32(&made.file, 16), 0);
+    // Left open, with clusters that nothing leads to: served read-only as it is, mended before it is written to.
+    poke(&made.file, 16, &[2]);
+    let len = fs::metadata(&made.file).unwrap().len();
+    File::options().write(true).open(&made.file).unwrap().set_len(len + (128 << 10)).unwrap();
+    let image = formats::open(&read_only(&made.file)).unwrap();
+    assert_eq!(image.check(false).unwrap().leaks, 2);
+    drop(image);
+    assert_eq!(le32(&made.file, 16), 2);
+    drop(formats::open(&OpenOptions::new(&made.file)).unwrap());
+    assert_eq!((le32(&made.file, 16), fs::metadata(&made.file).unwrap().len()), (0, len));
+    qemu::clean(&kind, &made.file).unwrap();
+    // QEMU agrees on what such an image is, and mends ours.
+    poke(&made.file, 16, &[2]);
+    qemu::must("qemu-io", &["-f", "qed", "-c", "write -q -P 7 1M 64k", made.file.to_str().unwrap()]);
+    assert_eq!(le32(&made.file, 16), 0);
+    // Features that nobody knows.
+    poke(&made.file, 16, &[0x40]);
+    let error = formats::open(&read_only(&made.file)).err().unwrap();
+    assert!(error.kind() == ErrorKind::Unsupported && error.chain().contains("0x40"), "{}", error.chain());
+}
+
+/// What the tables of a QED image lead to, broken in each way that can be mended.
+#[test]
+fn qed_tables_are_mended() {
+    let dir = scratch();
+    let kind = rows::qed();
+    let made = kind.make(dir.path());
+    let le64 = |at: u64| u64::from(le32(&made.file, at)) | u64::from(le32(&made.file, at + 4)) << 32;
+    let table = le64(le64(40));
+    let used: Vec<u64> = (0..80).filter(|n| le64(table + n * 8) > 1).collect();
+    let [shared, lost, other, ..] = used[..] else { panic!("the image has few clusters") };
+    let mut content = made.content.clone();
+    let cluster = |n: u64| (n << 16) as usize..((n + 1) << 16) as usize;
+    content.copy_within(cluster(other), cluster(shared).start);
+    content[cluster(lost)].fill(0);
+    poke(&made.file, table + shared * 8, &le64(table + other * 8).to_le_bytes());
+    poke(&made.file, table + lost * 8, &(1u64 << 40).to_le_bytes());
+    assert_eq!(formats::open(&OpenOptions::new(&made.file)).unwrap().check(false).unwrap().corruptions, 2);
+    let error = open::write(&*formats::open(&OpenOptions::new(&made.file)).unwrap(), 0, b"x").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{}", error.chain());
+    let image = formats::open(&OpenOptions { repair: true, ..OpenOptions::new(&made.file) }).unwrap();
+    let report = image.check(true).unwrap();
+    assert_eq!((report.corruptions, report.corruptions_fixed), (2, 2), "{:?}", report.notes);
+    assert_eq!(image.check(false).unwrap().corruptions, 0);
+    assert!(open::read_all(&*image).unwrap() == content);
+    drop(image);
+    qemu::check(&kind, &made.file).unwrap();
+    qemu::compare(&kind, &made.file, &content).unwrap();
+}
+
+#[test]
+fn backing_files_of_unknown_format_are_refused() {
+    let dir = scratch();
+    for kind in [rows::qed_on_qcow2(), rows::qcow1_on_raw()] {
+        let dir = tempfile::tempdir_in(dir.path()).unwrap();
+        let made = kind.make(dir.path());
+        let error = formats::open(&read_only(&made.file)).err().expect("nobody says what it is");
+        assert!(error.kind() == ErrorKind::Denied && error.chain().contains("parent-format"), "{}", error.chain());
+        assert!(open::read_all(&*open::file(&kind, &made.file, true)).unwrap() == made.content);
+    }
+}
+
+#[test]
+fn encrypted_qcow1_images_are_refused_by_name() {
+    let dir = scratch();
+    let made = rows::qcow1().make(dir.path());
+    poke(&made.file, 36, &1u32.to_be_bytes());
+    let error = formats::open(&read_only(&made.file)).err().unwrap();
+    assert!(error.kind() == ErrorKind::Unsupported && error.chain().contains("AES"), "{}", error.chain());
 }

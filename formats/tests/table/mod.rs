@@ -101,6 +101,7 @@ macro_rules! for_each_kind {
             vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
             vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains vmdk_stream
             vdi_dynamic vdi_static vdi_differencing parallels parallels_64k parallels_old
+            qed qed_4k qed_on_raw qed_on_qcow2 qcow1 qcow1_zlib qcow1_on_raw
             raw_gzip raw_bgzf raw_xz raw_zstd raw_bzip2 raw_lz4 raw_lzip
             qcow2_gzip qcow2_bgzf qcow2_xz qcow2_zstd_stream qcow2_bzip2 qcow2_lz4 qcow2_lzip);
     };
@@ -119,7 +120,8 @@ macro_rules! for_each_writable_kind {
             vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
             vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
             vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains
-            vdi_dynamic vdi_static vdi_differencing parallels parallels_64k parallels_old);
+            vdi_dynamic vdi_static vdi_differencing parallels parallels_64k parallels_old
+            qed qed_4k qed_on_raw qed_on_qcow2 qcow1 qcow1_zlib qcow1_on_raw);
     };
 }
 #[allow(unused_imports)]

@@ -567,6 +567,65 @@ pub fn parallels_old() -> Kind {
     }
 }
 
+/// As `qemu-img` makes it: clusters of 64 KiB.
+pub fn qed() -> Kind {
+    converted(kind("qed", "qed", (5 << 20) + 1536), &[], nothing)
+}
+
+/// Small clusters and tables: many of them.
+pub fn qed_4k() -> Kind {
+    converted(kind("qed_4k", "qed", (3 << 20) + 512), &["-o", "cluster_size=4k,table_size=2"], nothing)
+}
+
+/// On a raw backing file, which the format can say.
+pub fn qed_on_raw() -> Kind {
+    overlaid(kind("qed_on_raw", "qed", 3 << 20), "raw", 0, &["-o", "cluster_size=16k"])
+}
+
+/// On another, which somebody has to say.
+pub fn qed_on_qcow2() -> Kind {
+    Kind { parent_format: Some("qcow2"), ..overlaid(kind("qed_on_qcow2", "qed", 2 << 20), "qcow2", 0, &["-o", "cluster_size=8k"]) }
+}
+
+/// Version 1 of qcow.
+pub fn qcow1() -> Kind {
+    converted(kind("qcow1", "qcow", (3 << 20) + 1536), &[], nothing)
+}
+
+/// The same with compressed clusters, some of them overwritten, one by one: QEMU's converter fails when it is to make them.
+pub fn qcow1_zlib() -> Kind {
+    Kind {
+        make: Box::new(|kind, dir| {
+            let mut content = guest::initial(kind.size);
+            let file = dir.join("image");
+            qemu::must("qemu-img", &["create", "-q", "-f", "qcow", text(&file), &kind.size.to_string()]);
+            let mut arguments = vec!["-f".to_owned(), "qcow".to_owned()];
+            for (number, part) in content.chunks_mut(4096).enumerate() {
+                let source = dir.join(format!("cluster{number}"));
+                if number % 4 == 3 {
+                    part.fill(0);
+                    continue;
+                }
+                // So that it can be compressed. Sectors are zeros as a whole or not at all.
+                part[2048..].fill(number as u8 | 1);
+                fs::write(&source, &part).unwrap();
+                arguments.extend(["-c".into(), format!("write -q -c -s {} {} 4096", text(&source), number * 4096)]);
+            }
+            arguments.push(text(&file).to_owned());
+            qemu::must("qemu-io", &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+            (0..content.len() / 4096).for_each(|n| drop(fs::remove_file(dir.join(format!("cluster{n}")))));
+            scribble(&file, "qcow", &mut content, 5);
+            Made { file, content }
+        }),
+        ..kind("qcow1_zlib", "qcow", 1 << 20)
+    }
+}
+
+/// The same on a backing file: clusters of a sector.
+pub fn qcow1_on_raw() -> Kind {
+    Kind { parent_format: Some("raw"), ..overlaid(kind("qcow1_on_raw", "qcow", 1 << 20), "raw", 0, &[]) }
+}
+
 /// An image in a stream, made from `inner` by a shell command that reads the file `plain` and writes to standard output.
 fn streamed(name: &'static str, inner: Kind, command: &'static str) -> Kind {
     Kind {
