@@ -34,8 +34,8 @@ pub const MAX_LEN: usize = 255;
 /// What targetcli shows as the format of the configuration string (`ConfigDesc` on D-Bus).
 pub const DESCRIPTION: &str = "\
 @file=/path/to/image[@key=value...], or /path/to/image, or @NAME (an export of the configuration file).
-Keys: file, id, format (driver), read-only, snapshot, snapshot-name, overlay, parent, cache-size, discard, \
-detect-zeroes, offset, size, partition, direct.
+Keys: file, id, format (driver), read-only, snapshot, snapshot-name, overlay, parent, parent-format, cache-size, \
+discard, detect-zeroes, offset, size, partition, direct.
 '@@' is a literal '@'; '%XX' is any byte: write ',' as %2C, ':' as %3A, space as %20.
 Example: @id=disk0@file=/var/lib/images/disk0.qcow2@format=qcow2";
 

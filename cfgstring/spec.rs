@@ -48,6 +48,8 @@ pub struct Spec {
     pub overlay: Option<PathBuf>,
     /// The parent, when it is not where the image says.
     pub parent: Option<PathBuf>,
+    /// The parent's format, where the image does not say it.
+    pub parent_format: Option<String>,
     /// Budget of caches, in bytes.
     pub cache_size: Option<u64>,
     /// What a discard does.
@@ -147,6 +149,12 @@ pub static KEYS: &[Key] = &[
         meaning: "the parent image, when it is not where the image says",
         set: |spec, v| value::path(v).map(|v| spec.parent = Some(v)),
         show: |spec| spec.parent.as_deref().map(path_bytes),
+    },
+    Key {
+        names: &["parent-format"],
+        meaning: "the parent's format, when the image does not say it",
+        set: |spec, v| value::format(v).map(|v| spec.parent_format = v),
+        show: |spec| spec.parent_format.as_ref().and_then(bytes),
     },
     Key {
         names: &["cache-size"],

@@ -25,7 +25,7 @@ fn the_usual_string() {
 #[test]
 fn every_key() {
     let parsed = spec(
-        "@id=a@file=/x@driver=QCOW2@snapshot=off@snapshot-name=s1@read-only=on@parent=/p@cache-size=4M@discard=ignore\
+        "@id=a@file=/x@driver=QCOW2@snapshot=off@snapshot-name=s1@read-only=on@parent=/p@parent-format=raw@cache-size=4M@discard=ignore\
          @detect-zeroes=on@offset=1K@size=2t@direct=yes",
     );
     let expected = Spec {
@@ -34,6 +34,7 @@ fn every_key() {
         snapshot_name: Some("s1".into()),
         read_only: true,
         parent: Some("/p".into()),
+        parent_format: Some("raw".into()),
         cache_size: Some(4 << 20),
         discard: Discard::Ignore,
         detect_zeroes: ZeroDetection::On,
@@ -185,6 +186,7 @@ prop_compose! {
         snapshot_name in text(),
         overlay in proptest::option::of(path()),
         parent in proptest::option::of(path()),
+        parent_format in proptest::option::of("[a-z0-9]{1,5}".prop_filter("auto is None", |name| name != "auto")),
         cache_size in proptest::option::of(0..1u64 << 40),
         unmap in any::<bool>(),
         zeroes in 0..3u8,
@@ -194,7 +196,7 @@ prop_compose! {
     ) -> Spec {
         let overlay = overlay.filter(|_| !snapshot && !read_only);
         Spec {
-            id, file, format, read_only, snapshot, snapshot_name, parent, cache_size, direct, overlay,
+            id, file, format, read_only, snapshot, snapshot_name, parent, parent_format, cache_size, direct, overlay,
             discard: if unmap { Discard::Unmap } else { Discard::Ignore },
             detect_zeroes: match zeroes {
                 0 => ZeroDetection::Off,

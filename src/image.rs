@@ -108,6 +108,7 @@ impl Environment {
         options.repair = purpose == Purpose::Repair;
         options.ignore_discard = spec.discard == Discard::Ignore;
         options.parent.clone_from(&spec.parent);
+        options.parent_format.clone_from(&spec.parent_format);
         options.snapshot_name.clone_from(&spec.snapshot_name);
         options.overlay = overlay(spec, purpose)?;
         options.gate = Gate { allowed: self.allowed.clone(), locking: purpose != Purpose::Inspect, ..Gate::default() };
