@@ -1,13 +1,14 @@
 //! The fuzz targets on a stable toolchain, without libFuzzer: inputs that once found something, and a few thousand new ones.
 //!
-//! `fuzz/regressions/TARGET/` has the former, at most 4 KiB each. `FUZZ_SEED=n` makes other ones than the committed ones, `FUZZ_COUNT=n` more of them.
+//! `fuzz/regressions/TARGET/` has the former, at most 4 KiB each. `FUZZ_SEED=n` makes other ones than the committed ones, `FUZZ_COUNT=n` more of them,
+//! `FUZZ_SECONDS=n` as many as there is time for. `FUZZ_INPUTS=directory` runs inputs of one's own, which are in `directory/TARGET/`.
 
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
 
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Time for the random inputs of one target.
@@ -17,9 +18,10 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |n| n.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
-/// Inputs that found something.
+/// Inputs that found something: the committed ones, or those in another directory like that.
 fn regressions(name: &str) {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/regressions").join(name);
+    let committed = || Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/regressions");
+    let dir = std::env::var_os("FUZZ_INPUTS").map_or_else(committed, PathBuf::from).join(name);
     let Ok(files) = std::fs::read_dir(dir) else { return };
     for file in files {
         let path = file.unwrap().path();
@@ -32,7 +34,9 @@ fn regressions(name: &str) {
 
 /// Inputs of random bytes: structured targets make something of any of them, others of a few.
 fn random(name: &str) {
-    let (seed, count) = (number("FUZZ_SEED", 1), number("FUZZ_COUNT", 2000));
+    let seconds = std::env::var_os("FUZZ_SECONDS").map(|_| Duration::from_secs(number("FUZZ_SECONDS", 0)));
+    let (seed, count) = (number("FUZZ_SEED", 1), number("FUZZ_COUNT", if seconds.is_some() { u64::MAX } else { 2000 }));
+    let time = seconds.unwrap_or(if count <= 2000 { TIME } else { Duration::MAX });
     let started = Instant::now();
     for number in 0..count {
         let mut rng = StdRng::seed_from_u64(seed.wrapping_mul(1_000_003) + number);
@@ -46,8 +50,8 @@ fn random(name: &str) {
         }
         let result = std::panic::catch_unwind(|| targets::run(name, &bytes));
         assert!(result.is_ok(), "{name}: random input {number} of seed {seed} (above): {bytes:02x?}");
-        if count <= 2000 && started.elapsed() > TIME {
-            println!("{name}: {number} inputs in {TIME:?}");
+        if started.elapsed() > time {
+            println!("{name}: {} inputs of seed {seed} in {time:?}", number + 1);
             break;
         }
     }

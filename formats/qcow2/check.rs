@@ -9,7 +9,7 @@ use super::refcount::{self, Refcounts};
 use super::{Qcow2, open};
 use crate::error::Result;
 use crate::format::CheckReport;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Bytes of tables that are read at once.
 const STEP: usize = 1 << 20;
@@ -28,6 +28,14 @@ pub(super) struct Findings {
     pub report: CheckReport,
     /// References, but for those of the refcount structures.
     pub counts: Counts,
+    /// All references.
+    pub all: Counts,
+    /// References to and by metadata: clusters of these are not to be the guest's.
+    pub metadata: Counts,
+    /// Those of them that nothing shares: L2 tables belong to several snapshots.
+    single: Counts,
+    /// Clusters whose double use is reported already.
+    doubled: BTreeSet<u64>,
     pub wrong: Vec<Wrong>,
     /// The refcount structures themselves are damaged, or lack what is in use.
     pub rebuild: bool,
@@ -43,8 +51,8 @@ impl Qcow2 {
     pub(super) fn examine(&self, refcounts: &Refcounts) -> Result<Findings> {
         let g = self.geometry;
         let mut found = Findings { file_len: self.file_len()?, ..Findings::default() };
-        self.count(&mut found, 0, g.cluster_size(), 1, "header");
-        self.count(&mut found, self.l1.at(), self.l1.entries() * 8, 1, "L1 table");
+        self.count_metadata(&mut found, 0, g.cluster_size(), "header");
+        self.count_metadata(&mut found, self.l1.at(), self.l1.entries() * 8, "L1 table");
         for index in self.l1.not_zero() {
             let raw = self.l1.slot(index).map_or(0, super::l1::Slot::entry);
             self.count_l1_entry(&mut found, raw);
@@ -54,23 +62,53 @@ impl Qcow2 {
             self.count_l2_table(&mut found, at, times)?;
         }
         self.count_bitmaps(&mut found)?;
-        let mut all = found.counts.clone();
-        self.count_refcount_structures(&mut found, &mut all, refcounts);
+        found.all = found.counts.clone();
+        self.count_refcount_structures(&mut found, refcounts);
+        let all = std::mem::take(&mut found.all);
         self.compare(&mut found, &all, refcounts)?;
+        found.all = all;
+        self.look_for_double_use(&mut found, refcounts)?;
         Ok(found)
     }
 
-    /// Counts a reference from something to a run of bytes.
-    fn count(&self, found: &mut Findings, at: u64, len: u64, times: u64, what: &str) {
+    /// Counts a reference from something to a run of bytes of metadata.
+    fn count_metadata(&self, found: &mut Findings, at: u64, len: u64, what: &str) {
+        if self.count(found, at, len, 1, what) {
+            for index in at >> self.geometry.cluster_bits..self.geometry.clusters(at.saturating_add(len)) {
+                found.metadata.add(index, 1);
+                found.single.add(index, 1);
+            }
+        }
+    }
+
+    /// Clusters with two uses, of which one is metadata: what is written as one destroys the other. Where the refcount does not tell already.
+    fn look_for_double_use(&self, found: &mut Findings, refcounts: &Refcounts) -> Result<()> {
+        let doubled = found.metadata.iter().filter_map(|(cluster, metadata)| {
+            let (all, single) = (found.all.get(cluster), found.single.get(cluster));
+            let what = if all > metadata { "data of the guest" } else { "other metadata" };
+            let double = all > metadata || single > 1 || (single > 0 && metadata > single);
+            (double && !found.doubled.contains(&cluster)).then_some((cluster, all, what))
+        });
+        for (cluster, all, what) in doubled.collect::<Vec<_>>() {
+            if refcounts.count(cluster << self.geometry.cluster_bits).is_ok_and(|stored| stored >= all) {
+                found.report.corruption(format!("cluster {cluster} holds metadata and {what} at once"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts references from something to a run of bytes. `false`: they are not in the file.
+    fn count(&self, found: &mut Findings, at: u64, len: u64, times: u64, what: &str) -> bool {
         let cluster = self.geometry.cluster_size();
         let end = at.saturating_add(len);
         if end > found.file_len && end - found.file_len >= cluster {
             found.report.corruption(format!("{what}: {len} bytes at {at:#x} lie beyond the end of the file"));
-            return;
+            return false;
         }
         for index in at >> self.geometry.cluster_bits..self.geometry.clusters(end) {
             found.counts.add(index, times);
         }
+        true
     }
 
     fn count_l1_entry(&self, found: &mut Findings, raw: u64) {
@@ -81,7 +119,9 @@ impl Qcow2 {
         if at == 0 {
             return;
         }
-        self.count(found, at, self.geometry.cluster_size(), 1, "L2 table");
+        if self.count(found, at, self.geometry.cluster_size(), 1, "L2 table") {
+            found.metadata.add(at >> self.geometry.cluster_bits, 1);
+        }
         if !self.geometry.aligned(at) {
             found.report.corruption(format!("an L1 entry points between clusters: {raw:#018x}"));
         } else if at < found.file_len {
@@ -106,11 +146,11 @@ impl Qcow2 {
                 found.incomplete = true;
                 break;
             }
-            self.count(found, snapshot.l1_at, len, 1, "L1 table of a snapshot");
+            self.count_metadata(found, snapshot.l1_at, len, "L1 table of a snapshot");
             self.each_entry(snapshot.l1_at, len, |_, raw| self.count_l1_entry(found, raw))?;
         }
         if self.header.snapshots > 0 {
-            self.count(found, self.header.snapshots_at, self.snapshots_len, 1, "snapshot table");
+            self.count_metadata(found, self.header.snapshots_at, self.snapshots_len, "snapshot table");
         }
         Ok(())
     }
@@ -181,7 +221,7 @@ impl Qcow2 {
                 return Ok(());
             }
         };
-        self.count(found, at.at, at.size, 1, "list of bitmaps");
+        self.count_metadata(found, at.at, at.size, "list of bitmaps");
         let mut total = 0u64;
         for bitmap in &list {
             let len = u64::from(bitmap.table_entries) * 8;
@@ -191,37 +231,43 @@ impl Qcow2 {
                 found.incomplete = true;
                 continue;
             }
-            self.count(found, bitmap.table_at, len, 1, "table of a bitmap");
+            self.count_metadata(found, bitmap.table_at, len, "table of a bitmap");
             self.each_entry(bitmap.table_at, len, |_, raw| {
                 if raw & OFFSET != 0 {
-                    self.count(found, raw & OFFSET, self.geometry.cluster_size(), 1, "bitmap");
+                    self.count_metadata(found, raw & OFFSET, self.geometry.cluster_size(), "bitmap");
                 }
             })?;
         }
         Ok(())
     }
 
-    fn count_refcount_structures(&self, found: &mut Findings, all: &mut Counts, refcounts: &Refcounts) {
+    fn count_refcount_structures(&self, found: &mut Findings, refcounts: &Refcounts) {
         let g = self.geometry;
         let state = refcounts.lock();
         let table_clusters = state.table_at >> g.cluster_bits..g.clusters(state.table_at.saturating_add(state.table.len() as u64 * 8));
-        table_clusters.for_each(|cluster| all.add(cluster, 1));
+        let add = |found: &mut Findings, cluster: u64| {
+            found.all.add(cluster, 1);
+            found.metadata.add(cluster, 1);
+            found.single.add(cluster, 1);
+        };
+        table_clusters.for_each(|cluster| add(found, cluster));
         for (index, raw) in state.table.iter().enumerate() {
             let at = raw & REFTABLE_OFFSET;
-            let mut bad = |why: &str| {
+            let bad = |found: &mut Findings, why: &str| {
                 found.report.corruption(format!("refcount block {index} {why}: {raw:#018x}"));
                 found.rebuild = true;
             };
             if raw & !REFTABLE_OFFSET != 0 {
-                bad("has reserved bits set");
+                bad(found, "has reserved bits set");
             } else if !g.aligned(at) {
-                bad("lies between clusters");
+                bad(found, "lies between clusters");
             } else if at != 0 && g.clusters(found.file_len) <= at >> g.cluster_bits {
-                bad("lies beyond the end of the file");
+                bad(found, "lies beyond the end of the file");
             } else if at != 0 {
-                all.add(at >> g.cluster_bits, 1);
-                if all.get(at >> g.cluster_bits) != 1 {
-                    bad("shares its cluster");
+                add(found, at >> g.cluster_bits);
+                if found.all.get(at >> g.cluster_bits) != 1 {
+                    found.doubled.insert(at >> g.cluster_bits);
+                    bad(found, "shares its cluster");
                 }
             }
         }

@@ -43,9 +43,12 @@ impl Qcow2 {
 
     fn repair_image(&self, refcounts: &Refcounts) -> Result<CheckReport> {
         let mut notes = Vec::new();
-        let mut corruptions_fixed = self.mend_entries(&mut notes)? + self.separate_entries(refcounts, &mut notes)?;
+        let mut before = self.examine(refcounts)?;
+        let mut corruptions_fixed = self.mend_entries(&mut notes)? + self.separate_entries(refcounts, &before.metadata, &mut notes)?;
         let mut leaks_fixed = 0;
-        let before = self.examine(refcounts)?;
+        if corruptions_fixed > 0 {
+            before = self.examine(refcounts)?;
+        }
         notes.extend_from_slice(&before.report.notes);
         let max = self.geometry.max_refcount();
         if let Some(wrong) = before.wrong.iter().find(|w| w.counted > max) {
@@ -64,7 +67,7 @@ impl Qcow2 {
                 }
             }
             if !before.incomplete {
-                self.clear_refcounts_beyond_the_end(refcounts)?;
+                self.settle_refcounts_beyond_the_end(refcounts, &before.all)?;
             }
             refcounts.lock().cursor = 0;
         }
@@ -133,26 +136,27 @@ impl Qcow2 {
         Ok(mended)
     }
 
-    /// Gives every active entry a cluster of its own: where two name one, the later one gets a copy, behind everything else. Internal snapshots share clusters,
+    /// Gives every active entry a cluster of its own: where two name one, or one that is metadata, the later one gets a copy, behind everything else. Internal snapshots share clusters,
     /// the active state does not, and a writer that takes one reference away would leave the other with the wrong flag. Returns how many there were.
-    fn separate_entries(&self, refcounts: &Refcounts, notes: &mut Vec<String>) -> Result<u64> {
+    fn separate_entries(&self, refcounts: &Refcounts, metadata: &Counts, notes: &mut Vec<String>) -> Result<u64> {
         let g = self.geometry;
         let file_len = self.file_len()?;
-        let (mut seen, mut end, mut copies) = (Counts::default(), g.round_up(file_len), 0);
+        let (mut tables, mut seen, mut end, mut copies) = (Counts::default(), Counts::default(), g.round_up(file_len), 0);
         let (mut raws, mut cluster) = (Vec::new(), Vec::new());
         for index in self.l1.used() {
             let table_at = self.l1.slot(index).map_or(0, super::l1::Slot::table_at);
             // Entries of a table that two L1 entries name are the same entries.
-            if !g.aligned(table_at) || table_at >= file_len || seen.get(table_at >> g.cluster_bits) > 0 {
+            if !g.aligned(table_at) || table_at >= file_len || tables.get(table_at >> g.cluster_bits) > 0 {
                 continue;
             }
-            seen.add(table_at >> g.cluster_bits, 1);
+            tables.add(table_at >> g.cluster_bits, 1);
             raws.clear();
             self.each_entry(table_at, g.cluster_size(), |_, raw| raws.push(raw))?;
             for (number, raw) in (0..).zip(&raws) {
                 let Ok(Entry::Data { host, .. }) = g.l2_entry(*raw) else { continue };
                 seen.add(host >> g.cluster_bits, 1);
-                if host >= file_len || seen.get(host >> g.cluster_bits) == 1 {
+                let alone = seen.get(host >> g.cluster_bits) == 1 && metadata.get(host >> g.cluster_bits) == 0;
+                if host >= file_len || alone {
                     continue;
                 }
                 let guest = (index << g.table_bits()) + (number << g.cluster_bits);
@@ -173,8 +177,9 @@ impl Qcow2 {
         Ok(copies)
     }
 
-    /// Refcounts of clusters that the file does not have would hide them from the allocator, and show as leaks, as soon as it has them.
-    fn clear_refcounts_beyond_the_end(&self, refcounts: &Refcounts) -> Result<()> {
+    /// Refcounts of clusters that the file does not have would hide them from the allocator, and show as leaks, as soon as it has them; but for those of clusters
+    /// that something refers to.
+    fn settle_refcounts_beyond_the_end(&self, refcounts: &Refcounts, counted: &Counts) -> Result<()> {
         let g = self.geometry;
         let (end, per_block) = (g.clusters(self.file_len()?), g.refcounts_per_block());
         let blocks = refcounts.lock().table.len() as u64;
@@ -185,8 +190,9 @@ impl Qcow2 {
             let (first, range) = (index * per_block, end.max(index * per_block)..(index + 1) * per_block);
             let mut state = refcounts.lock_with_block(index)?;
             let count = |cluster: u64| state.blocks.peek(&index).map_or(0, |b| refcount::get(b, g.refcount_order, cluster - first));
-            if range.clone().any(|cluster| count(cluster) != 0) {
-                refcounts.change_in(&mut state, &range, |_| 0)?;
+            if range.clone().any(|cluster| count(cluster) != counted.get(cluster)) {
+                let mut right = range.clone().map(|cluster| counted.get(cluster));
+                refcounts.change_in(&mut state, &range, |old| right.next().unwrap_or(old))?;
             }
         }
         Ok(())

@@ -464,3 +464,30 @@ fn damage_is_found_and_mended() {
     qemu_compares(dir, &raw);
     libvhdi_agrees(dir, &["image.vhd"], &raw);
 }
+
+/// A file that was cut inside the last sector of its last block: that sector cannot be read, so the image is not in order, and nothing is written to it before it
+/// is mended. The place where a footer belongs, at the next whole sector, once passed for the end of what is there.
+#[test]
+fn a_file_that_ends_inside_a_sector_is_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let path = dir.join("image.vhd");
+    let raw = convert(dir, 4 * MIB, &[(0, 4 * MIB)], "force_size=on");
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 512 - 100).unwrap();
+    let image = open(&path, true);
+    let error = image.read(&mut [std::io::IoSliceMut::new(&mut [0; 512])], 4 * MIB - 512).expect_err("it is not there");
+    assert_eq!(error.kind(), Kind::Corrupt, "{}", error.chain());
+    assert_eq!(image.check(false).unwrap().corruptions, 1);
+    let error = image.write(&[IoSlice::new(b"x")], 0).expect_err("damaged images are not written to");
+    assert_eq!(error.kind(), Kind::Corrupt, "{}", error.chain());
+    let report = image.check(true).unwrap();
+    assert_eq!((report.corruptions, report.corruptions_fixed), (1, 1), "{:?}", report.notes);
+    assert_eq!(image.check(false).unwrap().corruptions, 0);
+    raw.file.write_all_at(&[0; 100], 4 * MIB - 100).unwrap();
+    assert_reads("mended", &image, &raw);
+    random_operations("mended", &image, &raw, &Places::whole(raw.size), 1, 20);
+    image.close().unwrap();
+    drop(image);
+    qemu_compares(dir, &raw);
+}

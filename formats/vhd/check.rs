@@ -50,9 +50,12 @@ impl Sparse {
                 sound.push((at, self.block_len()));
             }
         }
-        let cut = stop > end;
+        // A file without a footer may end inside a sector, where the footer does not belong.
+        let cut = stop > end.min(file_len);
         if cut {
-            report.corruption(format!("the last block ends at {stop}, behind the place of the footer ({end})"));
+            report.corruption(format!(
+                "the last block ends at {stop}, behind the place of the footer ({end}) or the end of the file ({file_len})"
+            ));
         }
         if !repair || (!cut && lost.is_empty() && shared.is_empty() && damaged.iter().flatten().next().is_none()) {
             return Ok(report);

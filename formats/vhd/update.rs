@@ -58,10 +58,11 @@ impl Sparse {
     /// The free space, from what the table uses.
     fn find_space(&self, layout: &Layout) -> Result<Space> {
         let end = self.footers.lock().end;
+        let there = end.min(self.store()?.len().map_err(|e| Error::io("cannot find out the length of the file", e))?);
         let mut blocks = Vec::new();
         for index in 0..self.size.load(Ordering::Acquire).div_ceil(self.block) {
             let Some(block) = self.find(layout, index).map_err(|e| e.context("nothing is written to this image"))? else { continue };
-            if block.at.saturating_add(self.block_len()) > end {
+            if block.at.saturating_add(self.block_len()) > there {
                 return Err(Error::corrupt(format!(
                     "block {index} reaches beyond the end of the file; nothing is written to this image (check shows all damage, and repairs what can be)"
                 ))

@@ -70,6 +70,9 @@ pub fn exercise(store: &Arc<Sparse>, format: &'static str, valid: bool, input: &
         if input.is_empty() || !session.step(input) {
             break;
         }
+        if std::env::var_os("FUZZ_TRACE").is_some() {
+            session.look_at_all();
+        }
     }
     session.end();
 }
@@ -131,12 +134,12 @@ impl Session {
         let mut model = Model { bytes: vec![0; size as usize], known: vec![true; (size as usize).div_ceil(SECTOR)] };
         // All at once if that goes, otherwise in pieces.
         if self.image.read(&mut [IoSliceMut::new(&mut model.bytes)], 0).is_err() {
-            for (number, part) in model.bytes.chunks_mut(SECTOR * 16).enumerate() {
-                let at = (number * SECTOR * 16) as u64;
-                if self.image.read(&mut [IoSliceMut::new(part)], at).is_err() {
+            for (number, part) in model.bytes.chunks_mut(SECTOR).enumerate() {
+                let at = (number * SECTOR) as u64;
+                if let Err(error) = self.image.read(&mut [IoSliceMut::new(part)], at) {
+                    trace(|| format!("{at} cannot be read: {}", error.chain()));
                     part.fill(0);
-                    let end = (number * 16 + 16).min(model.known.len());
-                    model.known[number * 16..end].fill(false);
+                    model.known[number] = false;
                 }
             }
         }
@@ -269,7 +272,12 @@ impl Session {
         trace(|| format!("discard {len} at {at}"));
         let result = self.image.discard(at, len);
         let done = result.is_ok();
+        // What was not known is not known better now.
+        let known = self.model.as_ref().map(|m| m.known.clone());
         self.settle(at, len, result, |_, _| {});
+        if let (Some(model), Some(known), true) = (&mut self.model, known, done) {
+            model.known = known;
+        }
         let (Some(before), true, true) = (before, done && self.writable, len > 0) else { return };
         // Every sector is as it was, or zeros.
         let (at, len) = (at as usize, len as usize);
@@ -420,13 +428,28 @@ impl Session {
         if self.can_check() {
             self.expect_clean(self.check(false));
         }
+        self.look_at_all();
+    }
+
+    /// All that is known of the disk is what can be read.
+    fn look_at_all(&self) {
+        if self.model.is_none() {
+            return;
+        }
         let size = self.size();
         let mut buffer = vec![0xA5; 64 << 10];
         for at in (0..size).step_by(buffer.len()) {
             let part = &mut buffer[..(size - at).min(64 << 10) as usize];
-            match self.image.read(&mut [IoSliceMut::new(part)], at) {
-                Ok(()) => self.expect_bytes(at, part, "after closing and opening"),
-                Err(error) => self.expect_error(at, part.len() as u64, &error),
+            if self.image.read(&mut [IoSliceMut::new(part)], at).is_ok() {
+                self.expect_bytes(at, part, "all of it");
+                continue;
+            }
+            // What cannot be read must not hide what can.
+            for (at, sector) in (at..).step_by(SECTOR).zip(part.chunks_mut(SECTOR)) {
+                match self.image.read(&mut [IoSliceMut::new(sector)], at) {
+                    Ok(()) => self.expect_bytes(at, sector, "all of it"),
+                    Err(error) => self.expect_error(at, sector.len() as u64, &error),
+                }
             }
         }
     }
