@@ -55,7 +55,7 @@ pub struct Request<'a> {
     pub writable: bool,
     /// It is opened to be mended: one that is marked as damaged is opened all the same, and refuses changes until it is mended.
     pub repair: bool,
-    /// The mirror for pending metadata of `store` (index 0 of the format's stores).
+    /// The mirror for pending metadata of `store` and of the files opened by `open_file`: these must be the format's stores, in this order.
     pub redo: Box<dyn RedoLog>,
     /// Opens a further file that the image names (extent, data file), through the gate: name, writable.
     pub open_file: &'a mut OpenFile<'a>,
@@ -109,6 +109,8 @@ pub static DRIVERS: &[Driver] = &[
     not_yet("cloop", &[], |h| h.has(0, b"#!/bin/sh\n#V2.0 Format")),
     crate::vhd::DRIVER,
     not_yet("dmg", &[], |h| (512..=1023).any(|back| h.has_at_end(back, b"koly\0\0\0\x04"))),
+    crate::ova::DRIVER,
+    crate::split::DRIVER,
     Driver {
         name: "raw",
         aliases: &[],

@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 /// The longest chain of images.
 pub const MAX_DEPTH: usize = 200;
+/// The most files of a chain, with the extents of its images.
+pub const MAX_FILES: usize = 8192;
 
 /// How often a lock that somebody else holds is asked for again.
 const LOCK_RETRIES: u32 = 10;
@@ -45,6 +47,8 @@ pub struct Chain {
     root: PathBuf,
     /// Device and inode of every file.
     seen: Vec<(u64, u64)>,
+    /// Images: files that are no extents of one.
+    images: usize,
 }
 
 impl Gate {
@@ -62,7 +66,7 @@ impl Gate {
         }
         self.lock(&file, path, if writable { Use::Write } else { Use::Read })?;
         let root = real_path(&file, path)?.parent().map(Path::to_path_buf).unwrap_or_default();
-        let chain = Chain { root, seen: vec![(meta.dev(), meta.ino())] };
+        let chain = Chain { root, seen: vec![(meta.dev(), meta.ino())], images: 1 };
         let store = FileStore::new(file, path).map_err(|e| Error::io("cannot look at the file", e).at_path(path))?;
         Ok((Arc::new(store), chain))
     }
@@ -90,18 +94,32 @@ impl Gate {
         Ok(Arc::new(FileStore::new(file, path).map_err(|e| Error::io("cannot look at the file", e).at_path(path))?))
     }
 
-    /// Opens a file that the image at `by` names, read-only unless `writable` (an extent of a writable image). Relative names count from `by`'s directory.
+    /// Opens an image that the one at `by` names, read-only unless `writable`. Relative names count from `by`'s directory.
     ///
     /// # Errors
     /// As for [`Self::open_named`]; `Denied` when the policy does not allow the name, with what to do about it.
     pub fn open_implicit(&self, chain: &mut Chain, by: &Path, name: &Path, writable: bool) -> Result<(Arc<FileStore>, PathBuf)> {
+        if self.follow && chain.images >= MAX_DEPTH {
+            let why = format!("which would be file {} of its chain; {MAX_DEPTH} are allowed", MAX_DEPTH + 1);
+            return Err(refusal(by, name, &why));
+        }
+        let opened = self.open_extent(chain, by, name, writable)?;
+        chain.images += 1;
+        Ok(opened)
+    }
+
+    /// Opens a part of the image at `by` (an extent, a data file), which does not count as one more image of the chain.
+    ///
+    /// # Errors
+    /// As for [`Self::open_implicit`].
+    pub fn open_extent(&self, chain: &mut Chain, by: &Path, name: &Path, writable: bool) -> Result<(Arc<FileStore>, PathBuf)> {
         let shown = name.display();
-        let refuse = |why: &str| Error::new(Kind::Denied, format!("the image names the file \"{shown}\", {why}")).at_path(by);
+        let refuse = |why: &str| refusal(by, name, why);
         if !self.follow {
             return Err(refuse("which is not to be followed"));
         }
-        if chain.seen.len() >= MAX_DEPTH {
-            return Err(refuse(&format!("which would be file {} of its chain; {MAX_DEPTH} are allowed", MAX_DEPTH + 1)));
+        if chain.seen.len() >= MAX_FILES {
+            return Err(refuse(&format!("which would be one more than the {MAX_FILES} files that are allowed")));
         }
         if looks_like_protocol(name) {
             return Err(refuse("which is the name of a protocol or an option list, not of a file; such names are not followed"));
@@ -169,6 +187,10 @@ pub(crate) fn find_beside(by: &Path, directory: &Path, len: usize, wanted: impl 
         file.read_exact_at(&mut head, 0).ok()?;
         wanted(&head).then(|| directory.join(entry.file_name()))
     })
+}
+
+fn refusal(by: &Path, name: &Path, why: &str) -> Error {
+    Error::new(Kind::Denied, format!("the image names the file \"{}\", {why}", name.display())).at_path(by)
 }
 
 fn open(path: &Path, writable: bool) -> Result<File> {

@@ -10,6 +10,7 @@ use crate::image::{Image, Parts, RawGuard};
 use crate::overlay::{self, Overlay};
 use crate::probe::Head;
 use crate::redo::{self, RedoLog};
+use crate::split;
 use crate::store::{FileStore, Store};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -165,15 +166,22 @@ impl Opener<'_> {
         let writable = writable && stream.is_none();
         let named = named.format;
         // A predecessor's unfinished writes come first: they may concern the very header that the probe looks at.
-        let redo: Box<dyn RedoLog> = match &options.redo {
-            Some(logs) if writable => logs.begin(&file, std::slice::from_ref(&store))?,
-            _ => Box::new(redo::None),
+        let begin = |file: &FileStore, store: &Arc<dyn Store>, writable: bool| -> Result<Box<dyn RedoLog>> {
+            Ok(match &options.redo {
+                Some(logs) if writable => logs.begin(file, std::slice::from_ref(store))?,
+                _ => Box::new(redo::None),
+            })
         };
+        let redo = redo::PerFile::new(begin(&file, &store, writable)?);
         let driver = match named {
             Some(name) => drivers::by_name(name)?,
-            None => drivers::by_name(Head::read(&*store).map_err(|e| e.at_path(path))?.recognise().unwrap_or("raw"))?,
+            None => match Head::read(&*store).map_err(|e| e.at_path(path))?.recognise() {
+                Some(name) => drivers::by_name(name)?,
+                None if stream.is_none() && split::is_first_of_many(path) => &split::DRIVER,
+                None => drivers::by_name("raw")?,
+            },
         };
-        let guessed_raw = named.is_none() && driver.name == "raw";
+        let guessed_raw = named.is_none() && matches!(driver.name, "raw" | split::NAME);
         if guessed_raw && writable {
             tracing::warn!(
                 image = %path.display(),
@@ -181,7 +189,9 @@ impl Opener<'_> {
             );
         }
         let mut open_extent = |name: &Path, writable: bool| -> Result<Arc<dyn Store>> {
-            let (store, _) = options.gate.open_implicit(chain, path, name, writable)?;
+            let (file, _) = options.gate.open_extent(chain, path, name, writable)?;
+            let store: Arc<dyn Store> = file.clone();
+            redo.add(begin(&file, &store, writable)?);
             Ok(store)
         };
         let request = Request {
@@ -189,7 +199,7 @@ impl Opener<'_> {
             path,
             writable,
             repair: options.repair && top && writable,
-            redo,
+            redo: Box::new(redo.clone()),
             open_file: &mut open_extent,
             snapshot_name: if top { options.snapshot_name.as_deref() } else { None },
         };

@@ -11,6 +11,7 @@ use crate::store::Store;
 use crate::writeback::Stage;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A mirror of the pending metadata writes of one image.
 pub trait RedoLog: Send + Sync {
@@ -32,6 +33,51 @@ impl RedoLog for None {
 
     fn durable(&self, _: u64, _: bool) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// The mirror of an image that consists of several files: each has a log of its own, which is found, and made good, with the file.
+///
+/// No write of metadata in one file depends on one in another, so that the logs need no common order.
+#[derive(Clone)]
+pub struct PerFile(Arc<parking_lot::RwLock<Vec<OneFile>>>);
+
+struct OneFile {
+    log: Box<dyn RedoLog>,
+    /// It holds records.
+    used: AtomicBool,
+}
+
+impl PerFile {
+    /// With the log of the image's first file.
+    pub fn new(first: Box<dyn RedoLog>) -> Self {
+        let files = Self(Arc::default());
+        files.add(first);
+        files
+    }
+
+    /// Adds the log of the next file.
+    pub fn add(&self, log: Box<dyn RedoLog>) {
+        self.0.write().push(OneFile { log, used: AtomicBool::new(false) });
+    }
+}
+
+impl RedoLog for PerFile {
+    fn append(&self, group: u64, stage: Stage, store: usize, at: u64, bytes: &[u8]) -> io::Result<()> {
+        let files = self.0.read();
+        let file = files.get(store).ok_or(io::ErrorKind::InvalidInput)?;
+        file.used.store(true, Ordering::Relaxed);
+        // In its own log the file is the only one.
+        file.log.append(group, stage, 0, at, bytes)
+    }
+
+    fn durable(&self, group: u64, empty: bool) -> io::Result<()> {
+        // The write-back buffer asks while nobody can append.
+        self.0.read().iter().filter(|file| file.used.load(Ordering::Relaxed)).try_for_each(|file| {
+            file.log.durable(group, empty)?;
+            file.used.store(!empty, Ordering::Relaxed);
+            Ok(())
+        })
     }
 }
 

@@ -3,11 +3,13 @@
 pub mod failing;
 mod file;
 mod memory;
+mod part;
 pub mod recording;
 mod throw_away;
 
 pub use file::FileStore;
 pub use memory::MemoryStore;
+pub(crate) use part::PartStore;
 pub use throw_away::ThrowAwayStore;
 
 use std::io::{self, IoSlice, IoSliceMut};

@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use table::guest::{SECTOR, Writer, ZEROED, pattern, patterns};
-use table::{Kind, for_each_writable_kind, kind_tests, long, open, qemu, scratch, seed};
+use table::{Kind, for_each_kind_of_many_files, for_each_writable_kind, kind_tests, long, open, qemu, scratch, seed};
 
 const THREADS: u64 = 8;
 
@@ -272,3 +272,8 @@ macro_rules! tests {
     };
 }
 for_each_writable_kind!(tests);
+
+mod many_files {
+    use super::*;
+    for_each_kind_of_many_files!(tests);
+}

@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
-use table::{Kind, for_each_kind, for_each_writable_kind, kind_tests, long, open, qemu, scratch, seed};
+use table::{Kind, for_each_kind, for_each_kind_of_many_files, for_each_writable_kind, kind_tests, long, open, qemu, scratch, seed};
 
 /// Reads a range into many buffers of random lengths.
 fn read_scattered(image: &Image, rng: &mut StdRng, at: u64, len: usize) -> Vec<u8> {
@@ -270,3 +270,8 @@ macro_rules! writing_tests {
     };
 }
 for_each_writable_kind!(writing_tests);
+
+mod many_files {
+    use super::*;
+    for_each_kind_of_many_files!(writing_tests);
+}

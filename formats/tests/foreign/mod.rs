@@ -6,6 +6,7 @@ pub mod operations;
 pub mod readers;
 pub mod vhd_writer;
 pub mod vhdx_writer;
+pub mod vmdk_writer;
 
 use formats::{BlockDevice, Image, OpenOptions};
 use rand::{Rng, RngCore, SeedableRng, rngs::StdRng};

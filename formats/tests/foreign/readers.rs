@@ -43,6 +43,9 @@ raw, name = sys.argv[1], sys.argv[2]
 if open(name, 'rb').read(8) == b'vhdxfile':
     from dissect.hypervisor.disk.vhdx import VHDX
     image = VHDX(Path(name))
+elif open(name, 'rb').read(4) in (b'KDMV', b'COWD', b'# Di', bytes.fromhex('bebafeca')):
+    from dissect.hypervisor.disk.vmdk import VMDK
+    image = VMDK(Path(name))
 else:
     from dissect.hypervisor.disk.vhd import VHD
     image = VHD(open(name, 'rb'))

@@ -16,6 +16,7 @@ pub mod operations;
 pub mod pages;
 pub mod qemu;
 pub mod rows;
+pub mod vmdk_rows;
 
 use std::path::{Path, PathBuf};
 
@@ -99,9 +100,10 @@ macro_rules! for_each_kind {
             qcow2_on_raw qcow2_chain qcow2_v2_on_raw overlay_on_gzip overlay_on_vhdx
             vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
             vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
-            vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains vmdk_stream
             vdi_dynamic vdi_static vdi_differencing parallels parallels_64k parallels_old
             qed qed_4k qed_on_raw qed_on_qcow2 qcow1 qcow1_zlib qcow1_on_raw
+            vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains vmdk_stream vmdk_stream_footer
+            vmdk_flat vmdk_2gb_sparse vmdk_2gb_flat vmdk_mixed vmdk_cowd vmdk_sesparse vmdk_sesparse_child ova split
             raw_gzip raw_bgzf raw_xz raw_zstd raw_bzip2 raw_lz4 raw_lzip
             qcow2_gzip qcow2_bgzf qcow2_xz qcow2_zstd_stream qcow2_bzip2 qcow2_lz4 qcow2_lzip);
     };
@@ -126,6 +128,16 @@ macro_rules! for_each_writable_kind {
 }
 #[allow(unused_imports)]
 pub(crate) use for_each_writable_kind;
+
+/// Likewise for those that can be written and consist of several files, of which power cuts are not recorded.
+#[allow(unused_macros)]
+macro_rules! for_each_kind_of_many_files {
+    ($tests:ident) => {
+        $tests!(vmdk_flat vmdk_2gb_sparse vmdk_2gb_flat vmdk_mixed split);
+    };
+}
+#[allow(unused_imports)]
+pub(crate) use for_each_kind_of_many_files;
 
 /// A module `$test` with a test of every kind's name, which calls `super::$test(kind)`.
 #[allow(unused_macros)]

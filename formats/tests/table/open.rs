@@ -4,7 +4,7 @@ use super::{Kind, Made};
 use formats::drivers::{self, Opened, Request};
 use formats::image::Parts;
 use formats::redo::RedoLog;
-use formats::store::Store;
+use formats::store::{FileStore, Store};
 use formats::{BlockDevice, Cache, Image, OpenOptions, Result, compressed};
 use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
@@ -19,10 +19,15 @@ pub fn file(kind: &Kind, path: &Path, read_only: bool) -> Arc<Image> {
     formats::open(&options).unwrap_or_else(|e| panic!("{}: {}", kind.name, e.chain()))
 }
 
-/// Opens an image that lies in `store` as if in the file of `made`; its parents are files.
+/// Opens an image that lies in `store` as if in the file of `made`; its extents and parents are files in the same directory.
 pub fn over(kind: &Kind, path: &Path, store: Arc<dyn Store>, writable: bool, redo: Box<dyn RedoLog>) -> Result<Arc<Image>> {
-    let mut open_file = |name: &Path, _writable: bool| -> Result<Arc<dyn Store>> {
-        Err(formats::Error::unsupported(format!("the test has no file {}", name.display())))
+    let mut open_file = |name: &Path, writable: bool| -> Result<Arc<dyn Store>> {
+        let there = path.parent().unwrap().join(name);
+        if name.components().count() != 1 || !there.is_file() {
+            return Err(formats::Error::new(formats::Kind::NotFound, format!("the test has no file {}", name.display())));
+        }
+        let file = std::fs::File::options().read(true).write(writable).open(&there).unwrap();
+        Ok(Arc::new(FileStore::new(file, there).unwrap()))
     };
     let store = if kind.stream { decoded(store)? } else { store };
     let request = Request { store, path, writable, repair: false, redo, open_file: &mut open_file, snapshot_name: None };

@@ -5,6 +5,7 @@ use super::foreign::readers::{dissect_agrees, dissect_reads};
 use super::foreign::vhd_writer::{Runs, Vhd, flatten, uuid};
 use super::foreign::vhdx_writer::{Block, Vhdx, data_write_guid};
 use super::foreign::{MIB, Raw};
+pub use super::vmdk_rows::*;
 use super::{Kind, Made, Reader, guest, qemu};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
@@ -14,7 +15,7 @@ use std::process::Command;
 use uuid::Uuid;
 
 /// What most rows have in common.
-fn kind(name: &'static str, format: &'static str, size: u64) -> Kind {
+pub(super) fn kind(name: &'static str, format: &'static str, size: u64) -> Kind {
     Kind {
         name,
         format,
@@ -32,12 +33,12 @@ fn kind(name: &'static str, format: &'static str, size: u64) -> Kind {
     }
 }
 
-fn text(path: &Path) -> &str {
+pub(super) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 /// Content by `qemu-img convert` with these arguments; then `after` does more to the file and its content.
-fn converted(kind: Kind, arguments: &'static [&'static str], after: fn(&Path, &mut [u8])) -> Kind {
+pub(super) fn converted(kind: Kind, arguments: &'static [&'static str], after: fn(&Path, &mut [u8])) -> Kind {
     Kind {
         make: Box::new(move |kind, dir| {
             let mut content = guest::initial(kind.size);
@@ -69,7 +70,7 @@ fn scribble(file: &Path, format: &str, content: &mut [u8], runs: usize) {
 }
 
 /// An overlay on a base that is shorter than it, and so many overlays between them.
-fn overlaid(kind: Kind, base_format: &'static str, between: usize, arguments: &'static [&'static str]) -> Kind {
+pub(super) fn overlaid(kind: Kind, base_format: &'static str, between: usize, arguments: &'static [&'static str]) -> Kind {
     Kind {
         make: Box::new(move |kind, dir| {
             let base_size = kind.size as usize / 4 * 3;
@@ -94,7 +95,7 @@ fn overlaid(kind: Kind, base_format: &'static str, between: usize, arguments: &'
     }
 }
 
-fn nothing(_: &Path, _: &mut [u8]) {}
+pub(super) fn nothing(_: &Path, _: &mut [u8]) {}
 
 /// A raw file.
 pub fn raw() -> Kind {
@@ -452,31 +453,6 @@ fn mend_vhd(bytes: &mut [u8]) {
         let sum = !part.iter().map(|b| u32::from(*b)).sum::<u32>();
         part[sum_at..sum_at + 4].copy_from_slice(&sum.to_be_bytes());
     }
-}
-
-/// A sparse extent that is the disk.
-pub fn vmdk_sparse() -> Kind {
-    converted(kind("vmdk_sparse", "vmdk", (6 << 20) + 1536), &[], nothing)
-}
-
-/// One whose tables have a word for zeros.
-pub fn vmdk_zeroed_grains() -> Kind {
-    converted(kind("vmdk_zeroed_grains", "vmdk", 4 << 20), &["-o", "zeroed_grain=on"], nothing)
-}
-
-/// On a parent that is shorter.
-pub fn vmdk_child() -> Kind {
-    overlaid(kind("vmdk_child", "vmdk", 4 << 20), "vmdk", 0, &[])
-}
-
-/// A chain of three that can say that there are zeros.
-pub fn vmdk_child_zeroed_grains() -> Kind {
-    overlaid(kind("vmdk_child_zeroed_grains", "vmdk", 4 << 20), "vmdk", 1, &["-o", "zeroed_grain=on"])
-}
-
-/// Compressed grains.
-pub fn vmdk_stream() -> Kind {
-    converted(kind("vmdk_stream", "vmdk", (3 << 20) + 512), &["-o", "subformat=streamOptimized"], nothing)
 }
 
 /// QEMU calls it an error when the header counts a block that is not used, which no order of writes can spare a cut.
