@@ -302,7 +302,7 @@ mod tests {
     fn numbers() {
         assert_eq!(number(b"0000644\0"), Some(0o644));
         assert_eq!(number(b"   17 \0\0"), Some(0o17));
-        assert_eq!(number(&[0x80, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 5]), Some((1 << 24) + 5));
+        assert_eq!(number(&[0x80, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 5]), Some((1 << 32) + 5));
         assert_eq!(number(&[0x80, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF]), None);
         assert_eq!(number(b"+17\0"), None);
         assert_eq!(number(b"8\0"), None);

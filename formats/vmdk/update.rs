@@ -81,7 +81,7 @@ impl Vmdk {
             let (first, second) = self.tables(extent, number)?;
             tables.extend([first, second].into_iter().flatten().map(|at| (at, extent.table_len())));
         }
-        // Grains that are not where the others are in theirs cannot be told from what they overlap, but are not given away either.
+        // Grains that are not where a place begins.
         let mut odd = Vec::new();
         for number in 0..header.directory_len {
             let Some(table) = extent.table(&self.pages, header.directory_at, number)? else { continue };
@@ -106,6 +106,18 @@ impl Vmdk {
         // A grain takes all of its place.
         if let Some((at, _)) = tables.iter().find(|(at, len)| slots.touches(*at, *len)) {
             return Err(Error::corrupt("a grain lies over the header, the descriptor, a directory or a table").at_offset(*at));
+        }
+        odd.sort_unstable();
+        let mut stop = 0;
+        for &at in &odd {
+            let end = at.saturating_add(header.grain);
+            if at < stop
+                || slots.touches(at, header.grain)
+                || tables.iter().any(|(start, len)| *start < end && at < start.saturating_add(*len))
+            {
+                return Err(Error::corrupt("a grain lies over another one, or over a structure of the file").at_offset(at));
+            }
+            stop = end;
         }
         for at in odd {
             slots.reach(at.saturating_add(header.grain));

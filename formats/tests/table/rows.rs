@@ -5,6 +5,7 @@ use super::foreign::readers::{dissect_agrees, dissect_reads};
 use super::foreign::vhd_writer::{Runs, Vhd, flatten, uuid};
 use super::foreign::vhdx_writer::{Block, Vhdx, data_write_guid};
 use super::foreign::{MIB, Raw};
+#[allow(unused_imports, reason = "each test binary uses a part")]
 pub use super::vmdk_rows::*;
 use super::{Kind, Made, Reader, guest, qemu};
 use rand::rngs::StdRng;

@@ -208,7 +208,7 @@ pub fn split() -> Kind {
             let end = content.len() - 211;
             content[end..].fill(0);
             fs::write(dir.join("source"), &content[..end]).unwrap();
-            let arguments = ["-b", "700001", "-d", "-a", "3", "source", "image."];
+            let arguments = ["-b", "700416", "-d", "-a", "3", "source", "image."];
             assert!(Command::new("split").args(arguments).current_dir(dir).status().unwrap().success(), "split {arguments:?}");
             fs::remove_file(dir.join("source")).unwrap();
             Made { file: dir.join("image.000"), content }
