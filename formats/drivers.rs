@@ -89,6 +89,10 @@ pub struct ParentRef {
 /// A check that an opened image is the parent that is meant.
 pub type Verify = Box<dyn FnOnce(&dyn Format) -> Result<()>>;
 
+/// What can be done with a format that is only read.
+pub(crate) const READ: Capabilities =
+    Capabilities { read: true, write: false, discard: false, cheap_zero: false, parent: false, check: false, repair: false, grow: false };
+
 /// All formats, in the order in which signatures are tried.
 pub static DRIVERS: &[Driver] = &[
     Driver {
@@ -105,10 +109,10 @@ pub static DRIVERS: &[Driver] = &[
     crate::qed::DRIVER,
     crate::parallels::DRIVER,
     not_yet("luks", &[], |h| h.has(0, b"LUKS\xba\xbe")),
-    not_yet("bochs", &[], |h| h.has(0, b"Bochs Virtual HD Image")),
-    not_yet("cloop", &[], |h| h.has(0, b"#!/bin/sh\n#V2.0 Format")),
+    crate::bochs::DRIVER,
+    crate::cloop::DRIVER,
     crate::vhd::DRIVER,
-    not_yet("dmg", &[], |h| (512..=1023).any(|back| h.has_at_end(back, b"koly\0\0\0\x04"))),
+    crate::dmg::DRIVER,
     crate::ova::DRIVER,
     crate::split::DRIVER,
     Driver {

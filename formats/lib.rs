@@ -4,9 +4,12 @@
 //! This crate knows nothing of SCSI, TCMU, NBD or the daemon, and holds no unsafe code.
 
 mod bitmap;
+mod bochs;
 pub mod cache;
+mod cloop;
 pub mod compressed;
 pub mod device;
+mod dmg;
 pub mod drivers;
 mod entries;
 pub mod error;

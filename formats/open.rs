@@ -289,7 +289,11 @@ impl<'a> Named<'a> {
         if self.stream.is_none() && self.format == Some("raw") {
             return Ok(None);
         }
-        let found = compressed::kind(file.clone())?;
+        // A DMG image may begin with a compressed chunk, which looks like a whole stream; but that has no such end.
+        let found = match compressed::kind(file.clone())? {
+            Some(_) if self.stream.is_none() && crate::dmg::has_trailer(&Head::read(&**file)?) => None,
+            found => found,
+        };
         match self.stream {
             Some(wanted) if found != Some(wanted) => Err(Error::invalid_format(format!("this is not a {} stream", wanted.name()))),
             _ => Ok(found),

@@ -104,6 +104,7 @@ macro_rules! for_each_kind {
             qed qed_4k qed_on_raw qed_on_qcow2 qcow1 qcow1_zlib qcow1_on_raw
             vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains vmdk_stream vmdk_stream_footer
             vmdk_flat vmdk_2gb_sparse vmdk_2gb_flat vmdk_mixed vmdk_cowd vmdk_sesparse vmdk_sesparse_child ova split
+            bochs cloop dmg_raw dmg_adc dmg_zlib dmg_bzip2 dmg_xz dmg_resources
             raw_gzip raw_bgzf raw_xz raw_zstd raw_bzip2 raw_lz4 raw_lzip
             qcow2_gzip qcow2_bgzf qcow2_xz qcow2_zstd_stream qcow2_bzip2 qcow2_lz4 qcow2_lzip);
     };

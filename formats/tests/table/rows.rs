@@ -603,6 +603,81 @@ pub fn qcow1_on_raw() -> Kind {
     Kind { parent_format: Some("raw"), ..overlaid(kind("qcow1_on_raw", "qcow", 1 << 20), "raw", 0, &[]) }
 }
 
+/// Made from the file `source` by a command of bash's, and read by `confirm`.
+fn made_by(kind: Kind, command: &'static str, confirm: fn(&Kind, &Path, &[u8])) -> Kind {
+    Kind {
+        make: Box::new(move |kind, dir| {
+            let content = guest::initial(kind.size);
+            fs::write(dir.join("source"), &content).unwrap();
+            let udif = concat!(env!("CARGO_MANIFEST_DIR"), "/../samples/udif");
+            let made = Command::new("bash").args(["-ec", command]).env("UDIF", udif).current_dir(dir).output().unwrap();
+            assert!(made.status.success(), "`{command}` failed; is its package installed?\n{}", String::from_utf8_lossy(&made.stderr));
+            fs::remove_file(dir.join("source")).unwrap();
+            let file = dir.join("image");
+            confirm(kind, &file, &content);
+            Made { file, content }
+        }),
+        ..kind
+    }
+}
+
+/// QEMU reads it as these bytes.
+fn qemu_confirms(kind: &Kind, file: &Path, content: &[u8]) {
+    qemu::compare(kind, file, content).unwrap();
+}
+
+/// dmg2img does, which does not know xz and the older files.
+fn dmg2img_confirms(_: &Kind, file: &Path, content: &[u8]) {
+    let other = file.with_extension("by-dmg2img");
+    qemu::must("dmg2img", &["-s", "-i", text(file), "-o", text(&other)]);
+    assert!(fs::read(&other).unwrap() == content, "dmg2img reads {} as something else", file.display());
+    fs::remove_file(other).unwrap();
+}
+
+/// Bochs' growing image, by Bochs' own tool.
+pub fn bochs() -> Kind {
+    let row = kind("bochs", "bochs", (3 << 20) + 512);
+    made_by(row, "bximage -func=convert -imgmode=growing -q source image", qemu_confirms)
+}
+
+/// A compressed loop image of small blocks.
+pub fn cloop() -> Kind {
+    made_by(kind("cloop", "cloop", 2 << 20), "create_compressed_fs -B 65536 source image", qemu_confirms)
+}
+
+/// Apple's image, nothing compressed.
+pub fn dmg_raw() -> Kind {
+    made_by(kind("dmg_raw", "dmg", (1 << 20) + 512), "$UDIF raw source image", qemu_confirms)
+}
+
+/// Compressed in the oldest way.
+pub fn dmg_adc() -> Kind {
+    made_by(kind("dmg_adc", "dmg", (1 << 20) + 512), "$UDIF adc source image", dmg2img_confirms)
+}
+
+/// In the most common.
+pub fn dmg_zlib() -> Kind {
+    made_by(kind("dmg_zlib", "dmg", (2 << 20) + 1536), "$UDIF zlib source image", |kind, file, content| {
+        qemu_confirms(kind, file, content);
+        dmg2img_confirms(kind, file, content);
+    })
+}
+
+/// With bzip2.
+pub fn dmg_bzip2() -> Kind {
+    made_by(kind("dmg_bzip2", "dmg", 1 << 20), "$UDIF bzip2 source image", dmg2img_confirms)
+}
+
+/// In the newest way, which no reader on Linux knows: the chunks are those of Python's xz.
+pub fn dmg_xz() -> Kind {
+    made_by(kind("dmg_xz", "dmg", 1 << 20), "$UDIF xz source image", |_, _, _| {})
+}
+
+/// Without a property list.
+pub fn dmg_resources() -> Kind {
+    made_by(kind("dmg_resources", "dmg", 1 << 20), "$UDIF zlib/resources source image", qemu_confirms)
+}
+
 /// An image in a stream, made from `inner` by a shell command that reads the file `plain` and writes to standard output.
 fn streamed(name: &'static str, inner: Kind, command: &'static str) -> Kind {
     Kind {
