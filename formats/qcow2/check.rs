@@ -43,6 +43,9 @@ pub(super) struct Findings {
     pub incomplete: bool,
     /// L2 tables by host offset, and how many entries of L1 tables name each.
     tables: BTreeMap<u64, u64>,
+    /// References to L2 tables and whole clusters of data by the active state alone; and to those that hold compressed ones.
+    active: Counts,
+    pub packed: Counts,
     file_len: u64,
 }
 
@@ -57,9 +60,13 @@ impl Qcow2 {
             let raw = self.l1.slot(index).map_or(0, super::l1::Slot::entry);
             self.count_l1_entry(&mut found, raw);
         }
+        let active: BTreeSet<u64> = found.tables.keys().copied().collect();
+        for (at, times) in &found.tables {
+            found.active.add(at >> g.cluster_bits, *times);
+        }
         self.count_snapshots(&mut found)?;
         for (at, times) in std::mem::take(&mut found.tables) {
-            self.count_l2_table(&mut found, at, times)?;
+            self.count_l2_table(&mut found, at, times, active.contains(&at))?;
         }
         self.count_bitmaps(&mut found)?;
         found.all = found.counts.clone();
@@ -81,17 +88,26 @@ impl Qcow2 {
         }
     }
 
-    /// Clusters with two uses, of which one is metadata: what is written as one destroys the other. Where the refcount does not tell already.
+    /// Clusters with two uses, where the refcount does not tell already. Of one that holds metadata as well, what is written as one destroys the other. The
+    /// active state shares its clusters with snapshots, but none with itself: COPIED flags become wrong when it lets go of one.
     fn look_for_double_use(&self, found: &mut Findings, refcounts: &Refcounts) -> Result<()> {
-        let doubled = found.metadata.iter().filter_map(|(cluster, metadata)| {
-            let (all, single) = (found.all.get(cluster), found.single.get(cluster));
-            let what = if all > metadata { "data of the guest" } else { "other metadata" };
-            let double = all > metadata || single > 1 || (single > 0 && metadata > single);
-            (double && !found.doubled.contains(&cluster)).then_some((cluster, all, what))
-        });
-        for (cluster, all, what) in doubled.collect::<Vec<_>>() {
-            if refcounts.count(cluster << self.geometry.cluster_bits).is_ok_and(|stored| stored >= all) {
-                found.report.corruption(format!("cluster {cluster} holds metadata and {what} at once"));
+        let mut doubled = BTreeMap::new();
+        for (cluster, metadata) in found.metadata.iter() {
+            let single = found.single.get(cluster);
+            if found.all.get(cluster) > metadata {
+                doubled.insert(cluster, "metadata and data of the guest at once");
+            } else if single > 1 || (single > 0 && metadata > single) {
+                doubled.insert(cluster, "metadata of two kinds");
+            }
+        }
+        for (cluster, times) in found.active.iter() {
+            if times > 1 || found.packed.get(cluster) > 0 {
+                doubled.entry(cluster).or_insert("what two entries of the active state name");
+            }
+        }
+        for (cluster, what) in doubled.into_iter().filter(|(cluster, _)| !found.doubled.contains(cluster)).collect::<Vec<_>>() {
+            if refcounts.count(cluster << self.geometry.cluster_bits).is_ok_and(|stored| stored >= found.all.get(cluster)) {
+                found.report.corruption(format!("cluster {cluster} holds {what}"));
             }
         }
         Ok(())
@@ -168,7 +184,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn count_l2_table(&self, found: &mut Findings, at: u64, times: u64) -> Result<()> {
+    fn count_l2_table(&self, found: &mut Findings, at: u64, times: u64, active: bool) -> Result<()> {
         self.each_entry(at, self.geometry.cluster_size(), |index, raw| {
             // Most of a large table.
             if raw == 0 {
@@ -201,6 +217,10 @@ impl Qcow2 {
                 let compressed = matches!(entry, Entry::Compressed { .. });
                 found.report.allocated_units += 1;
                 found.report.encoded_units += u64::from(compressed);
+                if active {
+                    let of_kind = if compressed { &mut found.packed } else { &mut found.active };
+                    (start >> self.geometry.cluster_bits..self.geometry.clusters(start + len)).for_each(|index| of_kind.add(index, 1));
+                }
                 // The last sector of a compressed cluster may be cut off by the end of the file.
                 let len = match entry {
                     Entry::Compressed { host, len } => host + len - start,

@@ -44,7 +44,7 @@ impl Qcow2 {
     fn repair_image(&self, refcounts: &Refcounts) -> Result<CheckReport> {
         let mut notes = Vec::new();
         let mut before = self.examine(refcounts)?;
-        let mut corruptions_fixed = self.mend_entries(&mut notes)? + self.separate_entries(refcounts, &before.metadata, &mut notes)?;
+        let mut corruptions_fixed = self.mend_entries(&mut notes)? + self.separate_entries(refcounts, &before, &mut notes)?;
         let mut leaks_fixed = 0;
         if corruptions_fixed > 0 {
             before = self.examine(refcounts)?;
@@ -138,7 +138,7 @@ impl Qcow2 {
 
     /// Gives every active entry a cluster of its own: where two name one, or one that is metadata, the later one gets a copy, behind everything else. Internal snapshots share clusters,
     /// the active state does not, and a writer that takes one reference away would leave the other with the wrong flag. Returns how many there were.
-    fn separate_entries(&self, refcounts: &Refcounts, metadata: &Counts, notes: &mut Vec<String>) -> Result<u64> {
+    fn separate_entries(&self, refcounts: &Refcounts, found: &Findings, notes: &mut Vec<String>) -> Result<u64> {
         let g = self.geometry;
         let file_len = self.file_len()?;
         let (mut tables, mut seen, mut end, mut copies) = (Counts::default(), Counts::default(), g.round_up(file_len), 0);
@@ -155,7 +155,8 @@ impl Qcow2 {
             for (number, raw) in (0..).zip(&raws) {
                 let Ok(Entry::Data { host, .. }) = g.l2_entry(*raw) else { continue };
                 seen.add(host >> g.cluster_bits, 1);
-                let alone = seen.get(host >> g.cluster_bits) == 1 && metadata.get(host >> g.cluster_bits) == 0;
+                let of_others = [&found.metadata, &found.packed].iter().any(|counts| counts.get(host >> g.cluster_bits) > 0);
+                let alone = seen.get(host >> g.cluster_bits) == 1 && !of_others;
                 if host >= file_len || alone {
                     continue;
                 }

@@ -360,6 +360,39 @@ fn two_entries_to_one_cluster() {
     });
 }
 
+/// The same with refcounts that agree to it. A write to one of them would leave the other with the wrong flag.
+#[test]
+fn two_entries_to_one_cluster_with_its_refcount() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let mut want = content(1 << 20, 7);
+    std::fs::write(dir.join("plain"), &want).unwrap();
+    qemu_img(dir, &["convert", "-q", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", "plain", "image"]);
+    let path = dir.join("image");
+    let mut file = File { bytes: std::fs::read(&path).unwrap() };
+    let (first, second) = (file.data()[3], file.data()[9]);
+    let (host, was) = (file.host_cluster(first), file.host_cluster(second));
+    [first, second].iter().for_each(|guest| file.put(file.l2_entry(*guest), host * file.cluster(), 8));
+    file.set_refcount(was, 0);
+    file.set_refcount(host, 2);
+    std::fs::write(&path, &file.bytes).unwrap();
+    want.copy_within(file.range(first), file.range(second).start);
+
+    assert_eq!(qemu_counts(dir), (0, 0));
+    let report = try_open(&path, false).unwrap().check(false).unwrap();
+    assert_eq!(report.corruptions, 1, "{:?}", report.notes);
+    let image = for_repair(&path);
+    let report = image.check(true).unwrap();
+    assert_eq!(left(&report), (0, 0), "{:?}", report.notes);
+    want[file.range(first)].fill(3);
+    write(&*image, file.range(first).start as u64, &want[file.range(first)]);
+    assert_reads("mended", &image, &want, 3);
+    assert_eq!(image.check(false).unwrap().corruptions, 0);
+    image.close().unwrap();
+    drop(image);
+    assert_eq!(qemu_counts(dir), (0, 0), "QEMU after the repair");
+}
+
 #[test]
 fn a_refcount_table_entry_that_is_gone() {
     mended(false, true, |file, _, _| {

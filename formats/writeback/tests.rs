@@ -14,6 +14,9 @@ use std::time::Duration;
 #[derive(Default)]
 struct Reclaimer(Mutex<Vec<Freed>>);
 
+/// What [`Reclaimer`] cannot take back: its byte offset.
+const STUCK: u64 = 666;
+
 impl Format for Reclaimer {
     fn name(&self) -> &'static str {
         "test"
@@ -38,6 +41,9 @@ impl Format for Reclaimer {
         Ok(Extent { len, place: Place::Parent })
     }
     fn reclaim(&self, freed: &[Freed]) -> Result<()> {
+        if freed.iter().any(|f| f.at == STUCK) {
+            return Err(Error::new(Kind::Io, "cannot be given back"));
+        }
         self.0.lock().extend_from_slice(freed);
         Ok(())
     }
@@ -66,6 +72,20 @@ fn publications_come_after_a_sync_of_what_they_refer_to() {
     buffer.reserve(0, 200, b"r").unwrap();
     buffer.drain(&Reclaimer::default()).unwrap();
     assert_eq!(story(&journal), "r|p|");
+}
+
+#[test]
+fn space_that_cannot_be_given_back_fails_no_flush() {
+    let (journal, buffer) = recorded();
+    let format = Reclaimer::default();
+    for at in [STUCK, 700] {
+        buffer.publish(0, 100, b"p").unwrap();
+        buffer.release(Freed { store: 0, at, len: 1 });
+        buffer.drain(&format).unwrap();
+        buffer.drain(&format).unwrap();
+    }
+    assert_eq!(story(&journal), "|p|p|");
+    assert_eq!(format.0.lock().iter().map(|f| f.at).collect::<Vec<_>>(), [700]);
 }
 
 #[test]
