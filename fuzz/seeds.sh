@@ -12,7 +12,7 @@ export PATH="$PATH:/usr/sbin:/sbin" LC_ALL=C
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 rm -rf "$out"
-mkdir -p "$out"/{qcow2,vhdx,vhd,raw_probe,gzip,xz,zstd,bzip2,lz4,lzip,cfgstring,nbd,netlink}
+mkdir -p "$out"/{qcow2,vhdx,vhd,vmdk,ova,raw_probe,gzip,xz,zstd,bzip2,lz4,lzip,cfgstring,nbd,netlink}
 
 # Small disks: text, noise, zeros.
 python3 - "$work/disk" "$work/odd" <<'P'
@@ -80,6 +80,17 @@ for options in subformat=dynamic subformat=fixed subformat=fixed,force_size=on; 
     # Dynamic images have blocks of 2 MiB: one that holds nothing is short.
     script "$work/v" "$out/vhd/$options"
     probe "$work/v" "$out/raw_probe/vhd-$options"
+done
+for options in subformat=monolithicSparse subformat=streamOptimized zeroed_grain=on; do
+    qemu-img convert -q -f raw -O vmdk -o "$options" "$work/short" "$work/disk.vmdk"
+    script "$work/disk.vmdk" "$out/vmdk/$options"
+    probe "$work/disk.vmdk" "$out/raw_probe/vmdk-$options"
+done
+(cd "$work" && qemu-img convert -q -f raw -O vmdk -o subformat=monolithicFlat short flat.vmdk && echo '<Envelope/>' >disk.ovf)
+script "$work/flat.vmdk" "$out/vmdk/descriptor"
+for format in ustar gnu pax; do
+    tar -C "$work" --format="$format" -cf "$work/disk.ova" disk.ovf disk.vmdk
+    script "$work/disk.ova" "$out/ova/$format"
 done
 head -c 40000 "$samples/tiny.raw" >"$work/tiny"
 probe "$work/tiny" "$out/raw_probe/tiny"

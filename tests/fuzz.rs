@@ -79,4 +79,4 @@ macro_rules! tests {
     };
 }
 
-tests!(qcow2_structured vhdx_structured cdb ring vhd_structured gzip xz zstd bzip2 lz4 lzip nbd qcow2 vhdx vhd netlink cfgstring raw_probe);
+tests!(qcow2_structured vhdx_structured cdb ring vhd_structured gzip xz zstd bzip2 lz4 lzip nbd qcow2 vhdx vhd vmdk_structured vmdk ova netlink cfgstring raw_probe);

@@ -12,6 +12,9 @@ use crate::format::CheckReport;
 use crate::space::copy;
 use crate::writeback::Stage;
 
+/// How often an extent is looked at again after something was mended.
+const MAX_PASSES: usize = 8;
+
 /// What was found in one extent.
 #[derive(Default)]
 struct Findings {
@@ -21,7 +24,7 @@ struct Findings {
     lost: Vec<u64>,
     /// Grains that lie over others, and where.
     shared: Vec<(u64, u64)>,
-    /// Entries of the directory, and the directory, that lead to no table.
+    /// Directories, and numbers of their entries that lead to no table of their own.
     tables: Vec<(u64, u64)>,
     /// Entries of redundant tables that differ.
     behind: u64,
@@ -36,16 +39,40 @@ impl Vmdk {
         for piece in &self.pieces {
             let Bytes::Sparse(number) = piece.bytes else { continue };
             let extent = self.extent(number)?;
-            let mut found = self.look_at(extent, &mut report)?;
-            self.overlaps(extent, &mut found, &mut report);
-            if found.behind > 0 {
-                report.leak(format!("{} entries of the redundant grain tables differ from those in use", found.behind));
-            }
-            if repair && piece.writable {
-                self.mend(extent, found, &mut report)?;
+            // What is mended may show what could not be seen before.
+            for _ in 0..MAX_PASSES {
+                let mut now = CheckReport::default();
+                let found = self.examine(extent, &mut now)?;
+                let (units, encoded) = (now.allocated_units, now.encoded_units);
+                if repair && piece.writable && now.corruptions + now.leaks > 0 {
+                    if !found.tables.is_empty() {
+                        // Tables first: the rest is seen again, as it is then.
+                        (now.corruptions, now.leaks) = (found.tables.len() as u64, 0);
+                    }
+                    self.mend(extent, found, &mut now)?;
+                }
+                report.corruptions += now.corruptions;
+                report.leaks += now.leaks;
+                report.corruptions_fixed += now.corruptions_fixed;
+                report.leaks_fixed += now.leaks_fixed;
+                now.notes.into_iter().for_each(|note| report.note(note));
+                if now.corruptions_fixed + now.leaks_fixed == 0 {
+                    report.allocated_units += units;
+                    report.encoded_units += encoded;
+                    break;
+                }
             }
         }
         Ok(report)
+    }
+
+    fn examine(&self, extent: &Sparse, report: &mut CheckReport) -> Result<Findings> {
+        let mut found = self.look_at(extent, report)?;
+        self.overlaps(extent, &mut found, report);
+        if found.behind > 0 {
+            report.leak(format!("{} entries of the redundant grain tables differ from those in use", found.behind));
+        }
+        Ok(found)
     }
 
     /// Goes through all tables of an extent.
@@ -94,17 +121,16 @@ impl Vmdk {
     fn overlaps(&self, extent: &Sparse, found: &mut Findings, report: &mut CheckReport) {
         // Those of compressed grains are as long as they are.
         let grain = if extent.header.compressed { SECTOR } else { extent.header.grain };
-        let mut tables = Vec::new();
-        for at in std::iter::once(extent.header.directory_at).chain(extent.header.redundant_at) {
-            let all = (0..extent.header.directory_len).filter_map(|number| extent.table(&self.pages, at, number).ok().flatten());
-            tables.extend(all.map(|table| (table, extent.table_len())));
+        let tables = self.sound_tables(extent);
+        for (table, directory, number) in extent.tables_over_others(&tables) {
+            report.corruption(format!("grain table {number} lies over another one, at {table:#x}"));
+            found.tables.push((directory, number));
         }
-        tables.sort_unstable();
         found.grains.sort_unstable();
         let mut stop = 0;
         for &(at, index) in &found.grains {
-            let next = tables.partition_point(|(start, len)| start.saturating_add(*len) <= at);
-            if tables.get(next).is_some_and(|(start, _)| *start < at.saturating_add(grain)) || extent.touches_fixed(at, grain) {
+            let next = tables.partition_point(|(start, ..)| start.saturating_add(extent.table_len()) <= at);
+            if tables.get(next).is_some_and(|(start, ..)| *start < at.saturating_add(grain)) || extent.touches_fixed(at, grain) {
                 report.corruption(format!("grain {index} lies over a grain table or the directory, at {at:#x}"));
                 found.lost.push(index);
             } else if at < stop {
@@ -114,9 +140,6 @@ impl Vmdk {
                 stop = at.saturating_add(grain);
             }
         }
-        if tables.windows(2).any(|pair| matches!(pair, [(a, len), (b, _)] if a != b && a.saturating_add(*len) > *b)) {
-            report.corruption("grain tables lie over each other");
-        }
     }
 
     fn mend(&self, extent: &Sparse, found: Findings, report: &mut CheckReport) -> Result<()> {
@@ -124,6 +147,7 @@ impl Vmdk {
         if !(found.tables.is_empty() && found.lost.is_empty() && found.shared.is_empty()) {
             self.change_cid()?;
         }
+        let mut tables = false;
         for (directory, number) in found.tables {
             let other = std::iter::once(header.directory_at).chain(header.redundant_at).find(|at| *at != directory);
             let copy = other.and_then(|at| extent.table(&self.pages, at, number).ok().flatten());
@@ -135,6 +159,10 @@ impl Vmdk {
                 Some(_) => format!("entry {number} of a grain directory was taken from the other one"),
                 None => format!("grain table {number} was given up"),
             });
+            tables = true;
+        }
+        if tables {
+            return Ok(());
         }
         for index in found.lost {
             self.publish_entries(extent, index, &[0])?;

@@ -134,6 +134,21 @@ impl Sparse {
             || self.header.descriptor.is_some_and(|(start, size)| touches(start, size))
     }
 
+    /// Of tables (byte offset, directory, number; sorted), those that lie over an earlier one; the two directories may lead to the same table by the same number.
+    pub(super) fn tables_over_others(&self, tables: &[(u64, u64, u64)]) -> Vec<(u64, u64, u64)> {
+        let mut over = Vec::new();
+        let mut last: Option<(u64, u64)> = None;
+        for &(at, directory, number) in tables {
+            match last {
+                Some((start, owner)) if at < start.saturating_add(self.table_len()) && (at, number) != (start, owner) => {
+                    over.push((at, directory, number));
+                }
+                _ => last = Some((at, number)),
+            }
+        }
+        over
+    }
+
     /// What an entry of a grain table says; `None`: nothing that makes sense.
     pub(super) fn grain(&self, entry: u64) -> Option<Grain> {
         let at = match self.header.scheme {

@@ -43,6 +43,17 @@ impl Vmdk {
         Ok((first, second))
     }
 
+    /// The tables that the directories lead to, as far as they do: byte offset, directory, number; in this order.
+    pub(super) fn sound_tables(&self, extent: &Sparse) -> Vec<(u64, u64, u64)> {
+        let mut tables = Vec::new();
+        for directory in std::iter::once(extent.header.directory_at).chain(extent.header.redundant_at) {
+            let all = (0..extent.header.directory_len).map(|number| (extent.table(&self.pages, directory, number), number));
+            tables.extend(all.filter_map(|(table, number)| Some((table.ok().flatten()?, directory, number))));
+        }
+        tables.sort_unstable();
+        tables
+    }
+
     /// Calls `look` with the number of every grain whose entry is not 0, its entry's place, and the entry.
     pub(super) fn each_entry(
         &self,
@@ -77,10 +88,17 @@ impl Vmdk {
         tables.extend(
             std::iter::once(header.directory_at).chain(header.redundant_at).map(|at| (at, header.directory_len * header.scheme.width())),
         );
+        let mut grain_tables = Vec::new();
         for number in 0..header.directory_len {
-            let (first, second) = self.tables(extent, number)?;
-            tables.extend([first, second].into_iter().flatten().map(|at| (at, extent.table_len())));
+            for directory in std::iter::once(header.directory_at).chain(header.redundant_at) {
+                grain_tables.extend(extent.table(&self.pages, directory, number)?.map(|at| (at, directory, number)));
+            }
         }
+        grain_tables.sort_unstable();
+        if let Some((at, ..)) = extent.tables_over_others(&grain_tables).first() {
+            return Err(Error::corrupt("a grain table lies over another one").at_offset(*at));
+        }
+        tables.extend(grain_tables.into_iter().map(|(at, ..)| (at, extent.table_len())));
         // Grains that are not where a place begins.
         let mut odd = Vec::new();
         for number in 0..header.directory_len {

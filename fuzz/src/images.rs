@@ -3,7 +3,7 @@
 use super::disk;
 use super::input::Input;
 use super::sparse::Sparse;
-use super::{qcow2 as qcow2_image, vhd as vhd_image, vhdx as vhdx_image};
+use super::{qcow2 as qcow2_image, vhd as vhd_image, vhdx as vhdx_image, vmdk as vmdk_image};
 use std::sync::Arc;
 
 /// How many bytes of an input say what is done with the image; the rest is the image.
@@ -36,6 +36,14 @@ pub fn vhd(data: &[u8]) {
     any_bytes("vpc", data);
 }
 
+pub fn vmdk(data: &[u8]) {
+    any_bytes("vmdk", data);
+}
+
+pub fn ova(data: &[u8]) {
+    any_bytes("ova", data);
+}
+
 /// A valid image, damaged; then used.
 fn structured(format: &'static str, damaged: fn(&mut Input<'_>) -> (Arc<Sparse>, bool), data: &[u8]) {
     let mut input = Input::new(data);
@@ -53,4 +61,8 @@ pub fn vhdx_structured(data: &[u8]) {
 
 pub fn vhd_structured(data: &[u8]) {
     structured("vpc", vhd_image::damaged, data);
+}
+
+pub fn vmdk_structured(data: &[u8]) {
+    structured("vmdk", vmdk_image::damaged, data);
 }

@@ -15,6 +15,7 @@ mod streams;
 mod texts;
 mod vhd;
 mod vhdx;
+mod vmdk;
 
 /// A target: its name and what it does.
 pub type Target = (&'static str, fn(&[u8]));
@@ -36,6 +37,9 @@ pub const TARGETS: &[Target] = &[
     ("qcow2", images::qcow2),
     ("vhdx", images::vhdx),
     ("vhd", images::vhd),
+    ("vmdk_structured", images::vmdk_structured),
+    ("vmdk", images::vmdk),
+    ("ova", images::ova),
     ("netlink", texts::netlink),
     ("cfgstring", texts::cfgstring),
     ("raw_probe", probe::raw_probe),
