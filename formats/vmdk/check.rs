@@ -11,9 +11,10 @@ use crate::error::{Error, Kind, Result};
 use crate::format::CheckReport;
 use crate::space::copy;
 use crate::writeback::Stage;
+use std::collections::BTreeSet;
 
 /// How often an extent is looked at again after something was mended.
-const MAX_PASSES: usize = 8;
+const MAX_PASSES: usize = 4;
 
 /// What was found in one extent.
 #[derive(Default)]
@@ -147,10 +148,11 @@ impl Vmdk {
         if !(found.tables.is_empty() && found.lost.is_empty() && found.shared.is_empty()) {
             self.change_cid()?;
         }
-        let mut tables = false;
-        for (directory, number) in found.tables {
+        let broken: BTreeSet<(u64, u64)> = found.tables.iter().copied().collect();
+        for &(directory, number) in &found.tables {
             let other = std::iter::once(header.directory_at).chain(header.redundant_at).find(|at| *at != directory);
-            let copy = other.and_then(|at| extent.table(&self.pages, at, number).ok().flatten());
+            let sound = other.filter(|other| !broken.contains(&(*other, number)));
+            let copy = sound.and_then(|at| extent.table(&self.pages, at, number).ok().flatten());
             // Both directories may refer to one table; the next new one makes another.
             let entry = copy.map_or(0, |at| (at / SECTOR) as u32);
             self.pages.put(Stage::Publish, extent.store, extent.directory_entry(directory, number), &entry.to_le_bytes())?;
@@ -159,9 +161,8 @@ impl Vmdk {
                 Some(_) => format!("entry {number} of a grain directory was taken from the other one"),
                 None => format!("grain table {number} was given up"),
             });
-            tables = true;
         }
-        if tables {
+        if !broken.is_empty() {
             return Ok(());
         }
         for index in found.lost {

@@ -179,7 +179,9 @@ impl Header {
             per_table,
             directory_at: bytes(directory, "an offset")?,
             directory_len: directory_len(capacity, grain, per_table)?,
-            redundant_at: (flags & REDUNDANT != 0 && redundant != 0).then(|| bytes(redundant, "an offset")).transpose()?,
+            redundant_at: (flags & REDUNDANT != 0 && redundant != 0 && redundant != directory)
+                .then(|| bytes(redundant, "an offset"))
+                .transpose()?,
             descriptor: has_descriptor
                 .then(|| Ok::<_, Error>((bytes(descriptor.0, "an offset")?, bytes(descriptor.1, "a descriptor")?)))
                 .transpose()?,
@@ -267,14 +269,24 @@ impl Header {
         let cut = |what: &str, end: u64| {
             Error::corrupt(format!("the file has {len} bytes, and its {what} ends at {end}: it has been cut short")).at_offset(len)
         };
+        let directory = self.directory_len.saturating_mul(self.scheme.width());
+        let mut places = vec![(0, SECTOR)];
+        places.extend(self.descriptor);
         for at in std::iter::once(self.directory_at).chain(self.redundant_at) {
-            let end = at.saturating_add(self.directory_len.saturating_mul(self.scheme.width()));
+            let end = at.saturating_add(directory);
             if end > len {
                 return Err(cut("grain directory", end));
             }
-            if at < SECTOR && self.directory_len > 0 {
-                return Err(Error::corrupt("the grain directory lies in the header").at_offset(at));
+            if directory > 0 {
+                places.push((at, directory));
             }
+        }
+        places.sort_unstable();
+        if let Some([_, (at, _)]) = places.windows(2).find_map(|pair| match pair {
+            [a, b] if a.0.saturating_add(a.1) > b.0 => Some([*a, *b]),
+            _ => None,
+        }) {
+            return Err(Error::corrupt("of header, descriptor and grain directories two lie in one place").at_offset(at));
         }
         if self.overhead > len {
             return Err(cut("overhead", self.overhead));

@@ -45,7 +45,7 @@ read_only() { # FILE COMMAND...: the command writes the file to its standard out
 }
 
 for case in ${FORMATS:-vhdx:dynamic.vhdx:subformat=dynamic vhdx:small.vhdx:subformat=dynamic,block_size=1M \
-    vhdx:fixed.vhdx:subformat=fixed vpc:dynamic.vhd:subformat=dynamic,force_size=on vpc:fixed.vhd:subformat=fixed,force_size=on}; do
+    vhdx:fixed.vhdx:subformat=fixed vpc:dynamic.vhd:subformat=dynamic,force_size=on vpc:fixed.vhd:subformat=fixed,force_size=on vmdk:sparse.vmdk:subformat=monolithicSparse}; do
     IFS=: read -r format file options <<<"$case"
     writable "$format" "$file" "$options"
 done
@@ -57,5 +57,9 @@ read_only plain.qcow2.xz xz -T2 --block-size=256KiB -c plain.qcow2
 read_only plain.raw.gz gzip -c plain.raw
 read_only plain.raw.zst zstd -q -c plain.raw
 read_only plain.vhdx.gz gzip -c plain.vhdx
+qemu-img convert -f raw -O vmdk -o subformat=streamOptimized plain.raw disk.vmdk
+echo '<Envelope/>' >machine.ovf
+read_only stream.vmdk cat disk.vmdk
+read_only machine.ova tar --format=ustar -cf - machine.ovf disk.vmdk
 stop_daemon
 want_equal "the daemon's exit status" "$DAEMON_STATUS" 0
