@@ -4,10 +4,16 @@ mod foreign;
 
 use foreign::operations::{Places, random_operations};
 use foreign::{MIB, Raw, assert_reads, open, qemu_img, read, try_open, try_run};
+use formats::drivers::{self, Opened, Request};
 use formats::gate::Gate;
+use formats::image::Parts;
 use formats::overlay::Overlay;
-use formats::redo::file::RedoDirectory;
-use formats::{BlockDevice, Image, Kind, OpenOptions, ZeroMode};
+use formats::redo::{self, file::RedoDirectory};
+use formats::store::recording::{Fate, Journal, RecordingStore, apply, changes_at};
+use formats::store::{MemoryStore, Store};
+use formats::{BlockDevice, Cache, Image, Kind, OpenOptions, ZeroMode};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use std::fs::{self, File};
 use std::io::IoSlice;
 use std::os::unix::fs::FileExt;
@@ -377,4 +383,114 @@ fn other_programs_are_kept_from_the_extents() {
     let (ok, text) = try_run(dir, "qemu-io", &["-f", "raw", "-c", "write 0 512", "image-flat.vmdk"]);
     assert!(!ok && text.contains("lock"), "{text}");
     drop(image);
+}
+
+/// A file whose writes are recorded, and the number that it has in the journal.
+struct Recorded {
+    name: &'static str,
+    number: usize,
+    base: Vec<u8>,
+}
+
+/// Opens the disk whose files are these stores, the first being the descriptor.
+fn over(files: &[(&str, Arc<dyn Store>)]) -> formats::Result<Image> {
+    let mut open_file = |name: &Path, _: bool| -> formats::Result<Arc<dyn Store>> {
+        let found = files.iter().find(|(known, _)| Path::new(known) == name);
+        Ok(found.unwrap_or_else(|| panic!("{} is asked for", name.display())).1.clone())
+    };
+    let request = Request {
+        store: files[0].1.clone(),
+        path: Path::new("/nowhere/image.vmdk"),
+        writable: true,
+        repair: false,
+        redo: Box::new(redo::None),
+        open_file: &mut open_file,
+        snapshot_name: None,
+    };
+    let Opened { format, writeback, parent } = (drivers::by_name("vmdk")?.open)(request)?;
+    assert!(parent.is_none());
+    let cache = Arc::new(Cache::new(1 << 20));
+    Image::new(Parts { format, writeback, parent: None, cache, path: "/nowhere/image.vmdk".into(), discard: true, guard: None })
+}
+
+/// Power cuts of a disk of four files, each of which keeps and loses writes on its own: what was flushed is there, in all of them, and check finds nothing.
+#[test]
+fn power_cuts_of_a_disk_of_many_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    for name in ["a", "b"] {
+        qemu_img(dir, &["create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", &format!("{name}.vmdk"), "2M"]);
+    }
+    fs::write(dir.join("flat"), vec![0; 1 << 20]).unwrap();
+    descriptor(dir, "RW 4096 SPARSE \"a-s001.vmdk\"\nRW 2048 FLAT \"flat\" 0\nRW 4096 SPARSE \"b-s001.vmdk\"");
+    let names = ["image.vmdk", "a-s001.vmdk", "flat", "b-s001.vmdk"];
+    let files: Vec<Recorded> =
+        names.into_iter().enumerate().map(|(n, name)| Recorded { name, number: n + 1, base: fs::read(dir.join(name)).unwrap() }).collect();
+    let sectors = 10240_u64;
+    for seed in 0..if std::env::var_os("FORMATS_TEST_LONG").is_some() { 60 } else { 3 } {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let journal = Journal::new();
+        let stores: Vec<(&str, Arc<dyn Store>)> = files
+            .iter()
+            .map(|f| (f.name, Arc::new(RecordingStore::new(f.base.clone(), journal.clone(), f.number, f.name)) as Arc<dyn Store>))
+            .collect();
+        let image = over(&stores).unwrap();
+        // Of every sector the values that it was given, each with the place in the journal where that began.
+        let mut history: Vec<Vec<(u32, usize)>> = vec![vec![(0, 0)]; sectors as usize];
+        let mut flushes: Vec<(usize, usize)> = Vec::new();
+        for value in 1..200_u32 {
+            let began = journal.len();
+            if rng.random_ratio(1, 8) {
+                image.flush().unwrap();
+                flushes.push((began, journal.len()));
+                continue;
+            }
+            // Often near the boundaries of extents.
+            let near = [0, 4096, 6144, rng.random_range(0..sectors)][rng.random_range(0..4)];
+            let first = (near + rng.random_range(0..300)).saturating_sub(150).min(sectors - 1);
+            let count = rng.random_range(1..200).min(sectors - first);
+            let zero = rng.random_ratio(1, 4);
+            let range = first as usize..(first + count) as usize;
+            history[range].iter_mut().for_each(|h| h.push((if zero { 0 } else { value }, began)));
+            if zero {
+                image.zero(first * 512, count * 512, ZeroMode::MayUnmap).unwrap();
+            } else {
+                write(&image, first * 512, &value.to_le_bytes().repeat((count * 128) as usize)).unwrap();
+            }
+        }
+        let entries = journal.entries();
+        drop(image);
+        for _ in 0..60 {
+            let position = rng.random_range(0..=entries.len());
+            let keep = [0.0, 0.1, 0.5, 0.9, 1.0][rng.random_range(0..5)];
+            let after: Vec<(&str, Arc<dyn Store>)> = files
+                .iter()
+                .map(|f| {
+                    let mut bytes = f.base.clone();
+                    for (_, action, fate) in changes_at(&entries, f.number, position) {
+                        if fate == Fate::Durable || rng.random_bool(keep) {
+                            apply(action, &mut bytes);
+                        }
+                    }
+                    (f.name, Arc::new(MemoryStore::new(bytes)) as Arc<dyn Store>)
+                })
+                .collect();
+            let image = over(&after).unwrap_or_else(|e| panic!("seed {seed}, cut at {position}: {}", e.chain()));
+            let report = image.check(false).unwrap();
+            assert_eq!(report.corruptions, 0, "seed {seed}, cut at {position}: {:?}", report.notes);
+            let flushed = flushes.iter().filter(|(_, ended)| *ended <= position).map(|(began, _)| *began).max().unwrap_or(0);
+            let now = read(&image, 0, sectors * 512);
+            for (sector, bytes) in now.chunks(512).enumerate() {
+                let value = u32::from_le_bytes(bytes[..4].try_into().unwrap());
+                assert!(bytes.chunks(4).all(|c| c == &bytes[..4]), "seed {seed}, cut at {position}: sector {sector} is mixed");
+                let list = &history[sector];
+                let last = list.iter().rposition(|(_, began)| *began < flushed).unwrap_or(0);
+                let allowed = list[last..].iter().any(|(v, began)| *v == value && *began <= position);
+                assert!(allowed, "seed {seed}, cut at {position}: sector {sector} holds {value}, of {list:?}; flushed at {flushed}");
+            }
+            // Life goes on.
+            write(&image, 512 * rng.random_range(0..sectors), &[0x5A; 512]).unwrap();
+            image.close().unwrap();
+        }
+    }
 }
