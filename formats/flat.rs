@@ -37,7 +37,7 @@ pub(crate) struct Meaning {
     pub(crate) before: u64,
     /// No unit begins before this byte offset.
     pub(crate) first: u64,
-    /// No entry of a unit is larger.
+    /// No entry of a unit is larger, to begin with.
     pub(crate) largest: u64,
 }
 
@@ -60,6 +60,8 @@ pub(crate) struct Flat {
     /// Bytes in a unit; a power of two.
     unit: u64,
     size: AtomicU64,
+    /// No entry of a unit is larger; moves with the disk's end where the format has it so.
+    largest: AtomicU64,
     pub(crate) writable: bool,
     /// A parent shows where a unit is absent.
     pub(crate) parent: bool,
@@ -96,6 +98,7 @@ impl Flat {
             table_at: layout.table_at,
             unit: layout.unit,
             size: AtomicU64::new(layout.size),
+            largest: AtomicU64::new(meaning.largest),
             writable: layout.writable,
             parent: layout.parent,
         }
@@ -103,6 +106,15 @@ impl Flat {
 
     pub(crate) fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn largest(&self) -> u64 {
+        self.largest.load(Ordering::Acquire)
+    }
+
+    /// Larger entries are possible from here on.
+    pub(crate) fn set_largest(&self, entry: u64) {
+        self.largest.store(entry, Ordering::Release);
     }
 
     pub(crate) fn limits(&self) -> FormatLimits {
@@ -135,7 +147,7 @@ impl Flat {
         let at = entry.checked_mul(m.step).and_then(|at| at.checked_add(m.base));
         let end = at.and_then(|at| at.checked_add(self.taken_len())).filter(|end| *end <= i64::MAX as u64);
         match at {
-            Some(at) if end.is_some() && at >= m.first && entry <= m.largest => Ok(Unit::At(at + m.before)),
+            Some(at) if end.is_some() && at >= m.first && entry <= self.largest() => Ok(Unit::At(at + m.before)),
             _ => Err(Error::corrupt(format!("the table's entry for block {index} is impossible: {entry:#x}")).at_offset(place)),
         }
     }
@@ -173,7 +185,7 @@ impl Flat {
         if let Unit::At(host) = self.find(&self.table.read(), index)? {
             return Ok(Placement { at: start, len, store: 0, host, zeroed: false, token: THERE });
         }
-        let limit = self.meaning.largest.saturating_add(1).saturating_mul(self.meaning.step).saturating_add(self.meaning.base);
+        let limit = self.largest().saturating_add(1).saturating_mul(self.meaning.step).saturating_add(self.meaning.base);
         let taken = self.tail.take(self.taken_len(), limit)?;
         Ok(Placement { at: start, len, store: 0, host: taken.at + self.meaning.before, zeroed: taken.zeroed, token: NEW })
     }

@@ -2,7 +2,7 @@
 
 mod table;
 
-use formats::{Kind as ErrorKind, OpenOptions};
+use formats::{BlockDevice, Kind as ErrorKind, OpenOptions};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -213,4 +213,20 @@ fn encrypted_qcow1_images_are_refused_by_name() {
     poke(&made.file, 36, &1u32.to_be_bytes());
     let error = formats::open(&read_only(&made.file)).err().unwrap();
     assert!(error.kind() == ErrorKind::Unsupported && error.chain().contains("AES"), "{}", error.chain());
+}
+
+/// A grown disk has room for blocks in all of it, at once.
+#[test]
+fn grown_vdi_images_can_be_filled() {
+    let dir = scratch();
+    let kind = rows::vdi_dynamic();
+    let made = kind.make(dir.path());
+    let image = formats::open(&OpenOptions::new(&made.file)).unwrap();
+    image.grow(12 << 20).unwrap();
+    let content = vec![0xA7; 12 << 20];
+    open::write(&*image, 0, &content).unwrap();
+    image.close().unwrap();
+    drop(image);
+    qemu::clean(&kind, &made.file).unwrap();
+    qemu::compare(&kind, &made.file, &content).unwrap();
 }

@@ -110,7 +110,7 @@ impl Vdi {
     /// Where blocks end that the header counts, in bytes.
     fn counted_end(&self) -> u64 {
         let m = &self.flat.meaning;
-        m.base.saturating_add(self.state.lock().allocated.min(m.largest.saturating_add(1)).saturating_mul(m.step))
+        m.base.saturating_add(self.state.lock().allocated.min(self.flat.largest().saturating_add(1)).saturating_mul(m.step))
     }
 }
 
@@ -190,6 +190,8 @@ impl Format for Vdi {
             self.flat.writeback.write_through(0, 0, &sector)
         })?;
         state.blocks = blocks;
+        // No entry is larger than the map is long.
+        self.flat.set_largest(blocks.saturating_sub(1).min(ZERO - 1));
         Ok(())
     }
 
