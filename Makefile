@@ -5,6 +5,7 @@
 #   make lint         formatting, clippy and rustdoc, warnings are errors
 #   make test-long    the long modes: everything in QEMU as well, crash and kill loops, models with more schedules
 #   make bench        criterion benchmarks, then the comparison with the peers in the guest
+#   make bench-peers  the NBD exports beside qemu-nbd and nbdkit, with plots in target/peers
 #   make bench-formats  reads by format and stream, beside QEMU and nbdkit (if there is one)
 #   make fuzz-smoke   each fuzz target for a minute (FUZZ_SECONDS=n, FUZZ_TARGETS="a b"); uses a nightly toolchain if there is one
 
@@ -77,6 +78,10 @@ lint: toolchain install
 bench: build
 	cargo bench --workspace --locked --bench ring
 	tests/vm/suite --uml --bin $(BIN) 90
+
+bench-peers: build
+	benches/peers/compare --install $(BIN)
+.PHONY: bench-peers
 
 bench-formats: toolchain install
 	cargo bench --locked --bench formats

@@ -35,11 +35,12 @@ subtype_up runner-qcow
 DAEMON=img-tcmu SUBTYPE=img
 img-tcmu serve >>"$LOG" 2>&1 &
 DAEMON_PID=$!
+# tcmu-runner answers the kernel for every device, and for ours with an error: the kernel must not ask.
 ours() { targetcli_once /backstores ls | grep -q user:img; }
 wait_for "$PATIENCE" ours || fail "user:img is not there beside tcmu-runner"
-create_backstore img-raw /scratch/p/img.raw @format=raw
+create_backstore img-raw /scratch/p/img.raw @format=raw "" nl_reply_supported=-1
 subtype_up img-raw
-create_backstore img-qcow2 /scratch/p/img.qcow2
+create_backstore img-qcow2 /scratch/p/img.qcow2 "" "" nl_reply_supported=-1
 subtype_up img-qcow2
 
 ticks_of() { awk '{ print $14 + $15 }' "/proc/$1/stat"; }
