@@ -448,8 +448,10 @@ fn power_cuts_of_a_disk_of_many_files() {
             // Often near the boundaries of extents.
             let near = [0, 4096, 6144, rng.random_range(0..sectors)][rng.random_range(0..4)];
             let first = (near + rng.random_range(0..300)).saturating_sub(150).min(sectors - 1);
-            let count = rng.random_range(1..200).min(sectors - first);
             let zero = rng.random_ratio(1, 4);
+            // Zeroed are whole grains: their space is used again.
+            let first = if zero { first / 128 * 128 } else { first };
+            let count = if zero { 256 } else { rng.random_range(1..200) }.min(sectors - first);
             let range = first as usize..(first + count) as usize;
             history[range].iter_mut().for_each(|h| h.push((if zero { 0 } else { value }, began)));
             if zero {
@@ -460,8 +462,10 @@ fn power_cuts_of_a_disk_of_many_files() {
         }
         let entries = journal.entries();
         drop(image);
-        for _ in 0..60 {
-            let position = rng.random_range(0..=entries.len());
+        for _ in 0..100 {
+            // Half of them during a flush, where the order of things matters.
+            let (from, to) = if rng.random() { flushes[rng.random_range(0..flushes.len())] } else { (0, entries.len()) };
+            let position = rng.random_range(from..=to);
             let keep = [0.0, 0.1, 0.5, 0.9, 1.0][rng.random_range(0..5)];
             let after: Vec<(&str, Arc<dyn Store>)> = files
                 .iter()
