@@ -45,12 +45,15 @@ read_only() { # FILE COMMAND...: the command writes the file to its standard out
 }
 
 for case in ${FORMATS:-vhdx:dynamic.vhdx:subformat=dynamic vhdx:small.vhdx:subformat=dynamic,block_size=1M \
-    vhdx:fixed.vhdx:subformat=fixed vpc:dynamic.vhd:subformat=dynamic,force_size=on vpc:fixed.vhd:subformat=fixed,force_size=on vmdk:sparse.vmdk:subformat=monolithicSparse}; do
+    vhdx:fixed.vhdx:subformat=fixed vpc:dynamic.vhd:subformat=dynamic,force_size=on vpc:fixed.vhd:subformat=fixed,force_size=on \
+    vmdk:sparse.vmdk:subformat=monolithicSparse vdi:disk.vdi: qed:disk.qed: parallels:disk.hdd: qcow:disk.qcow:}; do
     IFS=: read -r format file options <<<"$case"
     writable "$format" "$file" "$options"
 done
 qemu-img convert -f raw -O qcow2 plain.raw plain.qcow2
 qemu-img convert -f raw -O vhdx plain.raw plain.vhdx
+dmg() { "$SAMPLES/udif" zlib plain.raw made.dmg && cat made.dmg && rm made.dmg; }
+read_only plain.dmg dmg
 read_only plain.raw.xz xz -T2 --block-size=1MiB -c plain.raw
 read_only single.raw.xz xz -c plain.raw
 read_only plain.qcow2.xz xz -T2 --block-size=256KiB -c plain.qcow2
