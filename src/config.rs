@@ -6,7 +6,9 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use toml::Value;
 
 /// Where it lies unless `--config` says otherwise.
@@ -23,8 +25,45 @@ pub struct Configuration {
     pub cache_size: Option<u64>,
     /// Directories in which files that images name may lie.
     pub allow: Vec<PathBuf>,
+    /// Where metrics are to be had: `unix:/path`, or a loopback address with a port.
+    pub metrics: Option<Endpoint>,
     /// `@NAME`.
     pub exports: Exports,
+}
+
+/// Where metrics are to be had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A TCP port of this machine's own.
+    Loopback(SocketAddr),
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Loopback(address) => address.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Endpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.starts_with('/') { Ok(Self::Unix(path.into())) } else { Err(format!("'{text}': the path should be absolute")) };
+        }
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.ip().is_loopback() => Ok(Self::Loopback(address)),
+            Ok(_) => {
+                Err(format!("'{text}' is no address of this machine's own: use 127.0.0.1 or [::1], and a proxy where others are to see it"))
+            }
+            Err(_) => Err(format!("'{text}' should be unix:/path or 127.0.0.1:PORT")),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -33,6 +72,7 @@ struct Raw {
     log_level: Option<String>,
     workers: Option<usize>,
     cache_size: Option<Value>,
+    metrics: Option<String>,
     #[serde(default)]
     allow: Vec<PathBuf>,
     #[serde(default)]
@@ -92,7 +132,8 @@ impl Configuration {
         if let Some(relative) = raw.allow.iter().find(|dir| !dir.is_absolute()) {
             return Err(format!("'allow' should hold absolute paths, not '{}'", relative.display()));
         }
-        Ok(Self { log_level: raw.log_level, workers: raw.workers, cache_size, allow: raw.allow, exports })
+        let metrics = raw.metrics.map(|text| text.parse().map_err(|error| format!("'metrics': {error}"))).transpose()?;
+        Ok(Self { log_level: raw.log_level, workers: raw.workers, cache_size, allow: raw.allow, metrics, exports })
     }
 
     /// What opening images needs of it.
@@ -139,6 +180,7 @@ mod tests {
             workers = 3
             cache-size = "64M"
             allow = ["/srv/base"]
+            metrics = "[::1]:9750"
             [exports.web]
             file = "/srv/a, b:c.qcow2"
             read-only = true
@@ -151,6 +193,7 @@ mod tests {
             workers: Some(3),
             cache_size: Some(64 << 20),
             allow: vec!["/srv/base".into()],
+            metrics: Some(Endpoint::Loopback("[::1]:9750".parse().expect("an address"))),
             exports: [("web".to_owned(), spec)].into(),
         };
         assert_eq!(configuration, expected);
@@ -164,6 +207,9 @@ mod tests {
             ("workers = 0", "1 to 1024"),
             ("cache-size = \"1X\"", "K, M, G or T"),
             ("allow = [\"x\"]", "absolute"),
+            ("metrics = \"10.0.0.1:80\"", "'metrics': '10.0.0.1:80' is no address of this machine's own"),
+            ("metrics = \"unix:x\"", "absolute"),
+            ("metrics = \"9750\"", "unix:/path or 127.0.0.1:PORT"),
             ("[exports.a]\nfile = \"x\"", "absolute"),
             ("[exports.a]\nread-only = true", "[exports.a]: 'file' is missing"),
             ("[exports.a]\nfile = \"/x\"\nsise = 1", "did you mean 'size'?"),

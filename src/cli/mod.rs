@@ -17,12 +17,19 @@ mod list;
 mod map;
 mod mount;
 mod nbd;
+mod reload;
+mod resize;
 mod serve;
+mod status;
+mod top;
 mod umount;
+mod upgrade;
 
 pub use attach::load_module;
 pub use failure::Failure;
 pub use image::ImageArgs;
+#[cfg(test)]
+pub use status::tests::status as example_status;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -56,6 +63,11 @@ enum Command {
     Attach(attach::Attach),
     Detach(detach::Detach),
     List(list::List),
+    Status(status::StatusArgs),
+    Top(top::Top),
+    Resize(resize::Resize),
+    Reload(reload::Reload),
+    Upgrade(upgrade::Upgrade),
     Info(info::Info),
     Map(map::Map),
     Cat(cat::Cat),
@@ -75,6 +87,11 @@ impl Command {
             Self::Attach(command) => command.run(),
             Self::Detach(command) => command.run(),
             Self::List(command) => command.run(),
+            Self::Status(command) => command.run(),
+            Self::Top(command) => command.run(),
+            Self::Resize(command) => command.run(),
+            Self::Reload(command) => command.run(),
+            Self::Upgrade(command) => command.run(),
             Self::Info(command) => command.run(),
             Self::Map(command) => command.run(),
             Self::Cat(command) => command.run(),

@@ -4,6 +4,7 @@ use super::Failure;
 use crate::config::Configuration;
 use crate::daemon::{self, dbus, log};
 use clap::Args;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -26,6 +27,9 @@ pub struct Serve {
     /// Log level (error, warn, info, debug, trace) or a filter such as 'img_tcmu::tcmu=trace' [default: info]
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
+    /// Only say whether the command line and the configuration are in order
+    #[arg(long)]
+    dry_run: bool,
     #[arg(long, hide = true, default_value = daemon::RUN_DIRECTORY)]
     run_dir: PathBuf,
     /// Bytes of kernel events that may wait: a small buffer shows what happens when it overflows.
@@ -40,6 +44,12 @@ impl Serve {
     pub fn run(self) -> Result<ExitCode, Failure> {
         let configuration = Configuration::load(self.config.as_deref()).map_err(|error| Failure::new(error.to_string()))?;
         let level = self.log_level.as_deref().or(configuration.log_level.as_deref()).unwrap_or("info");
+        if self.dry_run {
+            log::check(level).map_err(Failure::new)?;
+            let text = format!("img-tcmu {}, {} exports\n", env!("CARGO_PKG_VERSION"), configuration.exports.len());
+            io::stdout().write_all(text.as_bytes()).map_err(Failure::output)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         log::init(level).map_err(Failure::new)?;
         let options = daemon::Options {
             config: self.config,

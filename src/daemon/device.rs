@@ -1,5 +1,6 @@
 //! One LUN: from its configuration string to an open image, a SCSI unit and a ring that is served; and its changes and end.
 
+use super::control::protocol;
 use super::errno::Refusal;
 use super::rings::Rings;
 use crate::image::{self, Disk, Environment, Purpose};
@@ -22,6 +23,9 @@ const KERNEL_MAX_SECTORS: u32 = 128;
 
 /// What one command may transfer unless the backstore says otherwise: the kernel's own default of 64 KiB halves the throughput.
 const MAX_TRANSFER_BYTES: u64 = 4 << 20;
+
+/// How long a report waits for what somebody else holds.
+const GLANCE: Duration = Duration::from_millis(100);
 
 /// Formats whose images say which sectors their guest used.
 const RECORDED_SECTORS: [&str; 1] = ["vhdx"];
@@ -119,6 +123,37 @@ impl Device {
     /// What the image is called.
     pub fn describe(&self) -> String {
         self.backing.lock().describe()
+    }
+
+    /// How it is doing; none where it is being stopped. And whether it failed.
+    pub fn report(&self) -> (Option<protocol::Served>, bool) {
+        // Both are held for long where a file system hangs, and nobody is to wait for that here.
+        let served = self.served.try_lock_for(GLANCE);
+        let (counters, in_flight, failed) = match served.as_deref().and_then(Option::as_ref) {
+            Some(served) => (served.statistics(), served.in_flight(), served.is_out_of_service()),
+            None => return (None, false),
+        };
+        let mut chain = Vec::new();
+        let mut read_only = false;
+        if let Some(backing) = self.backing.try_lock_for(GLANCE) {
+            let mut next = backing.disk.as_ref().map(|disk| &disk.image);
+            while let Some(image) = next {
+                chain.push(protocol::Link { path: image.path().to_path_buf(), format: image.format().name().into() });
+                next = image.parent();
+            }
+            read_only = backing.disk.as_ref().is_none_or(|disk| disk.device.limits().read_only) || backing.spec.read_only;
+        }
+        let served = protocol::Served {
+            chain,
+            size: self.lun.blocks() * u64::from(self.lun.block_size()),
+            block_size: self.lun.block_size(),
+            read_only,
+            write_cache: self.lun.write_cache(),
+            in_flight,
+            oldest_s: None,
+            counters,
+        };
+        (Some(served), failed)
     }
 
     /// The file that may need more space on the host as the disk is written; none where nothing is written.

@@ -10,7 +10,7 @@ use super::rings::Rings;
 use super::serial::Serial;
 use super::surroundings::Ports;
 use crate::scsi::{CopyPeers, Lun};
-use crate::serve::Pool;
+use crate::serve::{Pool, Stuck};
 use crate::tcmu::configfs::Configfs;
 use crate::tcmu::netlink::Action;
 use crate::tcmu::uio::{DeviceName, UioDevice};
@@ -187,6 +187,21 @@ impl Devices {
             Slot::Waiting(_, reason) => State::Waiting(reason.clone()),
         };
         self.0.slots.lock().iter().map(|(key, slot)| (key.clone(), state(slot))).collect()
+    }
+
+    /// Threads that do I/O.
+    pub fn threads(&self) -> usize {
+        self.0.means.pool.threads()
+    }
+
+    /// Something is being taken into service, changed or let go.
+    pub fn is_busy(&self) -> bool {
+        self.0.serial.busy() > 0
+    }
+
+    /// Commands that have been executing for a second or more.
+    pub fn stuck(&self) -> Vec<Stuck> {
+        self.0.means.pool.stuck()
     }
 
     /// Takes everything out of service, at once: no new commands, those under way ended, images flushed and closed. Devices are left

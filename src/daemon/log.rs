@@ -15,19 +15,30 @@ use tracing_subscriber::registry::LookupSpan;
 /// # Errors
 /// A filter that makes no sense, as text.
 pub fn init(level: &str) -> Result<(), String> {
-    let filter = match std::env::var("RUST_LOG") {
-        Ok(filter) if !filter.is_empty() => filter,
-        _ => level.to_owned(),
-    };
-    let filter = EnvFilter::builder().parse(&filter).map_err(|error| format!("log level '{filter}': {error}"))?;
     let lines = Lines { journal: stderr_is_journal() };
     tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_env_filter(filter(level)?)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .event_format(lines)
         .try_init()
         .map_err(|error| error.to_string())
+}
+
+/// Whether [`init`] would take it.
+///
+/// # Errors
+/// A filter that makes no sense, as text.
+pub fn check(level: &str) -> Result<(), String> {
+    filter(level).map(drop)
+}
+
+fn filter(level: &str) -> Result<EnvFilter, String> {
+    let filter = match std::env::var("RUST_LOG") {
+        Ok(filter) if !filter.is_empty() => filter,
+        _ => level.to_owned(),
+    };
+    EnvFilter::builder().parse(&filter).map_err(|error| format!("log level '{filter}': {error}"))
 }
 
 /// systemd says in JOURNAL_STREAM which file it connected to the journal.

@@ -13,6 +13,7 @@
 //! for ever otherwise), devices are blocked, drained, flushed and closed. The successor unblocks both.
 
 pub mod check;
+pub mod control;
 pub mod dbus;
 mod device;
 pub mod devices;
@@ -24,11 +25,13 @@ mod rings;
 mod serial;
 mod space;
 mod surroundings;
+mod upgrade;
 
 use crate::config::Configuration;
 use crate::serve::Pool;
 use crate::tcmu::configfs::Configfs;
 use crate::tcmu::netlink::{DeviceEvent, EVENT_BUFFER, Event, Netlink};
+use control::{Errand, Order, Reporter};
 use dbus::{Role, SharedEnvironment};
 use devices::{Devices, Means, Question};
 use formats::open::RedoLogs;
@@ -44,7 +47,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Lock, control socket and logs of redo live here.
 pub const RUN_DIRECTORY: &str = "/run/img-tcmu";
@@ -83,6 +86,8 @@ pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 enum Message {
     Signal(i32),
     Role(Role),
+    /// Somebody at the control socket wants something done.
+    Errand(Errand),
     /// The netlink thread is at its end, which is never good.
     Deaf(String),
 }
@@ -113,11 +118,31 @@ pub fn run(options: &Options, configuration: &Configuration) -> Result<(), Failu
     });
     listen(&configfs, &devices, options.event_buffer.unwrap_or(EVENT_BUFFER), messages.clone())?;
     space::watch(devices.clone())?;
+    let reporter = Reporter::new(devices.clone());
+    be_asked(options, configuration, &reporter, messages.clone())?;
     join_bus(options, &environment, messages)?;
     let daemon = Daemon { options, environment, redo, devices: &devices, inbox: &inbox, guest: Cell::new(false) };
     daemon.ready();
-    daemon.main_loop();
-    daemon.end(&configfs)
+    upgrade::measure(devices.clone(), reporter);
+    let successor = daemon.main_loop();
+    let begun = SystemTime::now();
+    let ended = daemon.end(&configfs);
+    match successor {
+        // Even if some devices did not end in time: initiators wait for somebody to serve them.
+        Some(binary) => Err(upgrade::become_program(&binary, begun).into()),
+        None => ended,
+    }
+}
+
+/// Control socket, and metrics where they are wanted. Disks are served without them.
+fn be_asked(options: &Options, configuration: &Configuration, reporter: &Reporter, messages: Sender<Message>) -> Result<(), Failure> {
+    control::listen(&options.run_directory, reporter.clone(), move |errand| messages.send(Message::Errand(errand)).is_ok())?;
+    if let Some(endpoint) = &configuration.metrics
+        && let Err(error) = control::metrics::listen(endpoint, reporter.clone())
+    {
+        tracing::error!("there are no metrics: {endpoint}: {error}");
+    }
+    Ok(())
 }
 
 fn environment(options: &Options, configuration: &Configuration, redo: &Arc<dyn RedoLogs>) -> crate::image::Environment {
@@ -244,25 +269,41 @@ impl Daemon<'_> {
         tracing::info!("ready, {status}");
     }
 
-    /// Until a signal says to end.
-    fn main_loop(&self) {
+    /// Until a signal says to end, or somebody that another program is to take over.
+    fn main_loop(&self) -> Option<PathBuf> {
         let watchdog = notify::watchdog_interval();
         let tick = watchdog.unwrap_or(RETRY).min(RETRY);
         let mut last_retry = Instant::now();
         loop {
             match self.inbox.recv_timeout(tick) {
-                Ok(Message::Signal(SIGHUP)) => self.reload(),
+                Ok(Message::Signal(SIGHUP)) => {
+                    // The log has the outcome.
+                    let _ = self.reload();
+                }
                 Ok(Message::Signal(signal)) => {
                     tracing::info!("ends on signal {signal}");
-                    return;
+                    return None;
                 }
                 Ok(Message::Role(role)) => self.guest.set(matches!(role, Role::Registered | Role::Refused)),
+                Ok(Message::Errand(Errand { order: Order::Reload, outcome })) => {
+                    // Whoever asked may have gone.
+                    let _ = outcome.try_send(self.reload());
+                }
+                Ok(Message::Errand(Errand { order: Order::Upgrade(binary), outcome })) => {
+                    let verdict = upgrade::check(&binary);
+                    let good = verdict.is_ok();
+                    let _ = outcome.try_send(verdict);
+                    if good {
+                        tracing::info!("{} takes over", binary.display());
+                        return Some(binary);
+                    }
+                }
                 Ok(Message::Deaf(reason)) => {
                     tracing::error!("cannot hear the kernel any more ({reason}): ends, to be started anew");
-                    return;
+                    return None;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Disconnected) => return None,
             }
             if watchdog.is_some() {
                 notify::alive();
@@ -275,17 +316,23 @@ impl Daemon<'_> {
     }
 
     /// Reads the configuration file again. One with errors changes nothing.
-    fn reload(&self) {
+    fn reload(&self) -> Result<String, String> {
         match Configuration::load(self.options.config.as_deref()) {
             Ok(configuration) => {
                 *self.environment.write() = Arc::new(environment(self.options, &configuration, &self.redo));
                 if let Some(bytes) = configuration.cache_size {
                     formats::Cache::shared().set_budget(usize::try_from(bytes).unwrap_or(usize::MAX));
                 }
-                tracing::info!("configuration read again: {} exports", configuration.exports.len());
+                let done = format!("configuration read again: {} exports", configuration.exports.len());
+                tracing::info!("{done}");
                 self.devices.retry();
+                Ok(done)
             }
-            Err(error) => tracing::error!("the configuration stays as it was: {error}"),
+            Err(error) => {
+                let failed = format!("the configuration stays as it was: {error}");
+                tracing::error!("{failed}");
+                Err(failed)
+            }
         }
     }
 

@@ -22,10 +22,12 @@ mod inbox;
 mod pool;
 mod scsi;
 mod served;
+mod statistics;
 mod watch;
 
 pub use pool::Pool;
 pub use served::{Served, Stopping};
+pub use statistics::{Counts, Kind, Snapshot};
 pub use watch::Stuck;
 
 use crate::tcmu::{Command, Completion, TaskManagement};
@@ -41,6 +43,12 @@ pub trait Service: Send + Sync {
 
     /// Executes the command.
     fn execute(&self, command: &mut Command) -> Completion;
+
+    /// What a command with this operation code is counted as.
+    fn kind(&self, opcode: u8) -> Kind {
+        let _ = opcode;
+        Kind::Other
+    }
 
     /// Somebody gave up commands. They are completed as usual.
     fn task_management(&self, notice: &TaskManagement) {

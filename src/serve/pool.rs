@@ -9,6 +9,7 @@ use super::Service;
 use super::inbox::Inbox;
 use super::served::{Device, Served};
 use super::watch::{self, Post, Stuck, Watch};
+use crate::tcmu::abi::STATUS_GOOD;
 use crate::tcmu::{Command, Fetched, Ring};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -235,11 +236,13 @@ impl Shared {
         // Whoever asked for relief may have completed something before it went to wait.
         self.kick(device, ring);
         let mut completed = 0;
+        // A command begins when it is fetched, which is right after the one before it has ended.
+        let mut clock = Instant::now();
         while device.is_open() {
             match ring.fetch() {
                 Ok(None) => break,
                 Ok(Some(Fetched::Command(command))) => {
-                    self.run(device, ring, post, command);
+                    self.run(device, ring, post, command, &mut clock);
                     completed += 1;
                     if completed % KICK_AFTER == 0 {
                         self.kick(device, ring);
@@ -256,13 +259,15 @@ impl Shared {
         post.leave();
     }
 
-    /// Executes and completes one command.
-    fn run(&self, device: &Device, ring: &Ring, post: &Post, mut command: Command) {
+    /// Executes and completes one command. `clock` is when it was fetched, and then when it ended.
+    fn run(&self, device: &Device, ring: &Ring, post: &Post, mut command: Command, clock: &mut Instant) {
         if device.is_out_of_service() {
             command.complete(ring.failure());
             return;
         }
-        post.begin(command.id(), command.cdb().first().copied().unwrap_or(0));
+        let opcode = command.cdb().first().copied().unwrap_or(0);
+        let len = command.data().len();
+        post.begin(command.id(), opcode);
         let executed = catch_unwind(AssertUnwindSafe(|| match device.service.try_execute(&mut command) {
             Some(completion) => completion,
             None => {
@@ -274,8 +279,13 @@ impl Shared {
             device.retire(&format!("a command panicked: {}", panic_message(&*panic)));
             ring.failure()
         });
+        let failed = completion.status != STATUS_GOOD;
+        let bytes = completion.read_len.map_or(len, u64::from).min(len);
         command.complete(completion);
         post.end();
+        let now = Instant::now();
+        device.statistics.record(device.service.kind(opcode), bytes, now - *clock, failed);
+        *clock = now;
     }
 
     /// The thread may be away for a while: what it has completed is announced, and what is left in the ring is seen to.

@@ -1,6 +1,6 @@
 //! A SCSI logical unit as a [`Service`].
 
-use super::Service;
+use super::{Kind, Service};
 use crate::scsi::opcode::{self, Direction};
 use crate::scsi::{Data, Lun, Outcome, Status};
 use crate::tcmu::{Command, Completion, TaskManagement};
@@ -23,6 +23,14 @@ impl Service for Lun {
         let mut data = Data::new(&mut slices);
         let outcome = if recovered { self.execute_again(tag, cdb, &mut data) } else { self.execute_tagged(tag, cdb, &mut data) };
         completion(outcome, cdb)
+    }
+
+    fn kind(&self, opcode: u8) -> Kind {
+        match opcode {
+            0x08 | 0x28 | 0x88 | 0xA8 => Kind::Read,
+            0x0A | 0x2A | 0x2E | 0x8A | 0x8B | 0x8E | 0x9C | 0xAA | 0xAE => Kind::Write,
+            _ => Kind::Other,
+        }
     }
 
     fn task_management(&self, notice: &TaskManagement) {

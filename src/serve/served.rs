@@ -2,6 +2,7 @@
 
 use super::Service;
 use super::pool::Shared;
+use super::statistics::{Snapshot, Statistics};
 use crate::tcmu::Ring;
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
@@ -14,6 +15,7 @@ pub(super) struct Device {
     pub key: u64,
     pub name: String,
     pub service: Arc<dyn Service>,
+    pub statistics: Statistics,
     gate: Mutex<Gate>,
     /// Nobody is in the device any more.
     empty: Condvar,
@@ -38,6 +40,7 @@ impl Device {
             key,
             name: ring.name().to_owned(),
             service,
+            statistics: Statistics::default(),
             gate: Mutex::new(Gate { ring: Some(ring), inside: 0 }),
             empty: Condvar::new(),
             relief: AtomicBool::new(false),
@@ -132,6 +135,16 @@ impl Served {
     /// Whether the device failed and its commands are answered with errors.
     pub fn is_out_of_service(&self) -> bool {
         self.device.is_out_of_service()
+    }
+
+    /// What it has done.
+    pub fn statistics(&self) -> Snapshot {
+        self.device.statistics.snapshot()
+    }
+
+    /// How many commands are being executed.
+    pub fn in_flight(&self) -> usize {
+        self.device.enter().and_then(|visit| visit.ring().map(Ring::in_flight)).unwrap_or(0)
     }
 
     /// Waits until the ring is empty and everything in it was answered, at most for `timeout`; true if it is. New commands are

@@ -301,3 +301,39 @@ fn at_the_end_everything_is_blocked_drained_and_closed() {
     let late = bed.make(9, "@file=/x", MIB);
     assert_eq!(bed.ask(&late, 9, Action::Added), Errno::ESHUTDOWN as i32);
 }
+
+#[test]
+fn what_a_disk_does_is_reported() {
+    let bed = Bed::new();
+    let image = bed.image("one", 4);
+    let name = bed.make(0, &format!("@file={image}"), 4 * MIB);
+    assert_eq!(bed.ask(&name, 0, Action::Added), 0);
+    for lba in 0..10 {
+        bed.run(0, write_10(lba * 8, 8, vec![1; 4096]));
+        bed.run(0, read_10(lba * 8, 16));
+    }
+    bed.run(0, read_10(1 << 20, 1));
+    let reporter = crate::daemon::control::Reporter::new(bed.devices.clone());
+    let status = reporter.status();
+    let [device] = status.devices.as_slice() else { panic!("{status:?}") };
+    let served = device.served.as_ref().expect("served");
+    assert_eq!((device.name.as_str(), served.size, served.block_size, served.read_only), ("user_0/disk0", 4 * MIB, 512, false));
+    assert_eq!(
+        served.chain.iter().map(|link| (link.path.to_str(), link.format.as_str())).collect::<Vec<_>>(),
+        [(Some(image.as_str()), "raw")]
+    );
+    let (reads, writes) = (&served.counters.reads, &served.counters.writes);
+    assert_eq!((reads.count, reads.errors, reads.bytes), (11, 1, 81_920), "the last read is beyond the end");
+    assert_eq!((writes.count, writes.errors, writes.bytes), (10, 0, 40_960));
+    assert!(reads.total_ns > 0 && reads.max_ns > 0 && reads.quantile(1.0).is_some());
+    assert_eq!(served.in_flight, 0);
+
+    let missing = bed.make(1, "@file=/nowhere/at/all", MIB);
+    bed.devices.rescan();
+    bed.wait_for("the second disk waits", |list| {
+        list.iter().any(|(key, state)| *key == missing.short() && matches!(state, State::Waiting(_)))
+    });
+    let status = reporter.status();
+    let second = &status.devices[1];
+    assert!(second.served.is_none() && second.reason.as_ref().is_some_and(|reason| reason.contains("/nowhere/at/all")), "{second:?}");
+}
