@@ -4,6 +4,8 @@
 #   make test         every test: cargo, samples, a real kernel as user-mode Linux, and the races' part in QEMU
 #   make lint         formatting, clippy and rustdoc, warnings are errors
 #   make test-long    the long modes: everything in QEMU as well, crash and kill loops, models with more schedules
+#   make package      target/debian/img-tcmu_*.deb: program, unit, bus policy, manual pages, completions (needs cargo-deb)
+#   make test-package the package is installed, looked at and purged in a throw-away Debian 12 root
 #   make bench        criterion benchmarks, then the comparison with the peers in the guest
 #   make bench-peers  the NBD exports beside qemu-nbd and nbdkit, with plots in target/peers
 #   make bench-formats  reads by format and stream, beside QEMU and nbdkit (if there is one)
@@ -69,6 +71,16 @@ test-long: build
 	FORMATS_TEST_LONG=1 cargo nextest run --workspace --locked --run-ignored all --cargo-profile long
 	tests/vm/suite --uml --bin $(BIN) 8
 	tests/vm/suite --qemu --bin $(BIN)
+
+# Manual pages and completions come from the program itself.
+package: build
+	@cargo deb --version >/dev/null 2>&1 || cargo install --locked cargo-deb
+	rm -rf target/documents && $(BIN) documents target/documents
+	cargo deb --no-build --locked
+
+test-package: package
+	tests/package target/debian/img-tcmu_*.deb
+.PHONY: package test-package
 
 lint: toolchain install
 	cargo fmt --all --check

@@ -8,6 +8,7 @@ mod cat;
 mod check;
 mod check_config;
 mod detach;
+mod documents;
 mod failure;
 mod formats;
 mod fuse;
@@ -78,6 +79,8 @@ enum Command {
     Mount(mount::Mount),
     Umount(umount::Umount),
     CheckConfig(check_config::CheckConfig),
+    #[command(hide = true)]
+    Documents(documents::Documents),
 }
 
 impl Command {
@@ -102,6 +105,7 @@ impl Command {
             Self::Mount(command) => command.run(),
             Self::Umount(command) => command.run(),
             Self::CheckConfig(command) => command.run(),
+            Self::Documents(command) => command.run(),
         }
     }
 }

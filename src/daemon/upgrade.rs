@@ -41,6 +41,7 @@ pub fn check(binary: &Path) -> Result<String, String> {
     let mut trial = Command::new(binary);
     trial.args(arguments()).arg("--dry-run");
     match run(trial) {
+        Ok((true, text)) if !text.starts_with("img-tcmu ") => problem("it is another program".into()),
         Ok((true, text)) => Ok(format!("{} takes over: {}", binary.display(), text.trim())),
         Ok((false, text)) => problem(format!("it would not start: {}", text.trim())),
         Err(error) => problem(error.to_string()),
@@ -97,5 +98,28 @@ pub fn measure(devices: Devices, reporter: Reporter) {
     };
     if let Err(error) = thread::Builder::new().name("takeover".into()).spawn(watch) {
         tracing::debug!("the pause is not measured: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_do_not_take_over() {
+        let writable = tempfile::NamedTempFile::new().expect("a file");
+        fs::set_permissions(writable.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).expect("permissions");
+        for (binary, why) in [
+            (Path::new("img-tcmu"), "not absolute"),
+            (Path::new("/no/such/program"), "No such file"),
+            (Path::new("/usr"), "no file"),
+            (writable.path(), "others than its owner"),
+            (Path::new("/usr/bin/true"), "another program"),
+            (Path::new("/usr/bin/false"), "would not start"),
+            (Path::new("/etc/passwd"), "ermission denied"),
+        ] {
+            let error = check(binary).expect_err("refused");
+            assert!(error.starts_with(&format!("{} does not take over: ", binary.display())) && error.contains(why), "{error}");
+        }
     }
 }

@@ -44,7 +44,24 @@ metrics=$(python3 -c 'import urllib.request as u; print(u.urlopen("http://127.0.
 want_match "metrics" "$metrics" 'img_tcmu_bytes_total\{device="user_[0-9]+/web",kind="write"\} [1-9]'
 must_fail setpriv --reuid=65534 --regid=65534 --clear-groups img-tcmu status
 want_match "a stranger's question" "$OUTPUT" "no daemon answers|Permission denied"
-script -qec "stty rows 24 cols 80; img-tcmu top" /bed/out/top.txt >/dev/null 2>&1 < <(sleep 3; printf q) || fail "top"
+timeout 30 python3 - >/bed/out/top.txt <<'P' || fail "top"
+import fcntl, os, pty, struct, sys, termios, time
+pid, terminal = pty.fork()
+if pid == 0:
+    os.execvp("img-tcmu", ["img-tcmu", "top"])
+fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+time.sleep(3)
+os.write(terminal, b"q")
+screen = b""
+try:
+    while part := os.read(terminal, 65536):
+        screen += part
+except OSError:
+    pass  # the end of a terminal
+_, status = os.waitpid(pid, 0)
+sys.stdout.write(screen.decode())
+assert status == 0 and screen.endswith(b"\x1b[?25h\x1b[?1049l"), (status, screen[-20:])
+P
 want_match "top" "$(cat /bed/out/top.txt)" "user_[0-9]+/web"
 
 step "reload"
@@ -98,6 +115,7 @@ upgraded() {
     wait_for "$PATIENCE" name_owned || fail "the successor is not on the bus"
 }
 must_fail img-tcmu upgrade /bin/true
+want_match "an upgrade to something else" "$OUTPUT" "it is another program"
 must_fail img-tcmu upgrade /etc/passwd
 chmod 666 /scratch/o/base.raw
 must_fail img-tcmu upgrade /scratch/o/base.raw
@@ -123,7 +141,7 @@ echo "RSS with 50 disks: $(sed -n 's/^VmRSS:\t *//p' "/proc/$DAEMON_PID/status")
 rm /scratch/o/go
 wait $load || fail "fio failed: $(cat /bed/out/fio.log)"
 echo "$(wc -l </scratch/o/passes) passes of fio were verified"
-for n in $(seq 49); do img-tcmu detach "many$n" >/dev/null || fail "detach $n"; done
+seq 49 | xargs -P 4 -I{} img-tcmu detach many{} >/dev/null || fail "detach"
 img-tcmu detach web >/dev/null || fail "detach"
 want_clean /scratch/o/web.qcow2
 no_leftovers
