@@ -3,7 +3,7 @@
 
 use super::bitmaps;
 use super::counts::Counts;
-use super::entry::{COMPRESSED, COPIED, Entry, L1_RESERVED, L2_RESERVED, OFFSET, REFTABLE_OFFSET, ZERO};
+use super::entry::{COMPRESSED, COPIED, Entry, L1_RESERVED, L2_RESERVED, OFFSET, REFTABLE_OFFSET, Raw, ZERO};
 use super::header::{AUTOCLEAR_BITMAPS, be64};
 use super::refcount::{self, Refcounts};
 use super::{Qcow2, open};
@@ -68,6 +68,7 @@ impl Qcow2 {
         for (at, times) in std::mem::take(&mut found.tables) {
             self.count_l2_table(&mut found, at, times, active.contains(&at))?;
         }
+        self.look_for_misplaced_data(&mut found)?;
         self.count_bitmaps(&mut found)?;
         found.all = found.counts.clone();
         self.count_refcount_structures(&mut found, refcounts);
@@ -185,33 +186,45 @@ impl Qcow2 {
     }
 
     fn count_l2_table(&self, found: &mut Findings, at: u64, times: u64, active: bool) -> Result<()> {
-        self.each_entry(at, self.geometry.cluster_size(), |index, raw| {
+        let g = self.geometry;
+        self.each_l2_entry(at, |index, raw| {
             // Most of a large table.
-            if raw == 0 {
+            if raw == Raw::default() {
                 return;
             }
-            let place = at + index * 8;
-            if raw & COMPRESSED != 0 {
-                if raw & COPIED != 0 {
-                    found.report.corruption(format!("a compressed cluster has the COPIED flag: {raw:#018x} at {place:#x}"));
+            let place = at + index * g.entry_size();
+            let mut entry = raw.entry;
+            if entry & COMPRESSED != 0 {
+                if entry & COPIED != 0 {
+                    found.report.corruption(format!("a compressed cluster has the COPIED flag: {entry:#018x} at {place:#x}"));
                 }
             } else {
-                if raw & L2_RESERVED != 0 {
-                    found.report.corruption(format!("an L2 entry has reserved bits set: {raw:#018x} at {place:#x}"));
-                }
-                if raw & ZERO != 0 && self.geometry.version < 3 {
+                let zero = if g.version < 3 || g.extended { ZERO } else { 0 };
+                if entry & L2_RESERVED != 0 || (g.extended && entry & ZERO != 0) {
+                    found.report.corruption(format!("an L2 entry has reserved bits set: {entry:#018x} at {place:#x}"));
+                } else if entry & zero != 0 {
                     found
                         .report
-                        .corruption(format!("an L2 entry has the zero flag, which version 2 does not know: {raw:#018x} at {place:#x}"));
+                        .corruption(format!("an L2 entry has the zero flag, which version 2 does not know: {entry:#018x} at {place:#x}"));
                 }
-                if !self.geometry.aligned(raw & OFFSET) {
-                    found.report.corruption(format!("an L2 entry points between clusters: {raw:#018x} at {place:#x}"));
+                if !g.aligned(entry & OFFSET) {
+                    found.report.corruption(format!("an L2 entry points between clusters: {entry:#018x} at {place:#x}"));
                     return;
                 }
+                entry &= !L2_RESERVED & !zero;
             }
-            // Reserved bits are reported; what the entry refers to is in use all the same.
-            let raw = if raw & COMPRESSED != 0 { raw } else { raw & !L2_RESERVED & !(if self.geometry.version < 3 { ZERO } else { 0 }) };
-            let Ok(entry) = self.geometry.l2_entry(raw) else { return };
+            // Reserved bits and impossible bitmaps are reported; what the entry refers to is in use all the same.
+            let entry = match g.l2_entry(Raw { entry, ..raw }) {
+                Ok(entry) => entry,
+                Err(error) => {
+                    found.report.corruption(format!("{error}, at {place:#x}"));
+                    let Ok(entry) = g.l2_entry(Raw { entry, bitmap: 0 }) else { return };
+                    entry
+                }
+            };
+            if g.data_file {
+                found.report.allocated_units += u64::from(entry.host().is_some());
+            }
             if let Some((start, len)) = entry.clusters(self.geometry) {
                 // Shared tables are examined once; each cluster is in use as often as its table.
                 let compressed = matches!(entry, Entry::Compressed { .. });
@@ -228,6 +241,39 @@ impl Qcow2 {
                 };
                 self.count(found, start, len, times, "data cluster");
             }
+        })
+    }
+
+    /// Looks for data that are said to be elsewhere in the data file than where they can be.
+    fn look_for_misplaced_data(&self, found: &mut Findings) -> Result<()> {
+        let g = self.geometry;
+        for index in self.l1.used().filter(|_| g.data_file) {
+            let table_at = self.l1.slot(index).map_or(0, super::l1::Slot::table_at);
+            if !g.aligned(table_at) || table_at >= found.file_len {
+                continue;
+            }
+            self.each_l2_entry(table_at, |number, raw| {
+                let guest = (index << g.table_bits()) + (number << g.cluster_bits);
+                // What the entry itself is accused of is known already.
+                if g.l2_entry(raw).is_ok()
+                    && let Err(error) = self.l2_entry_at(raw, guest)
+                {
+                    found.report.corruption(error.to_string());
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Calls `with` with each entry of an L2 table and its index.
+    pub(super) fn each_l2_entry(&self, table_at: u64, mut with: impl FnMut(u64, Raw)) -> Result<()> {
+        if !self.geometry.extended {
+            return self.each_entry(table_at, self.geometry.cluster_size(), |index, entry| with(index, Raw { entry, bitmap: 0 }));
+        }
+        let mut entry = 0;
+        self.each_entry(table_at, self.geometry.cluster_size(), |index, half| match index % 2 {
+            0 => entry = half,
+            _ => with(index / 2, Raw { entry, bitmap: half }),
         })
     }
 
@@ -360,9 +406,9 @@ impl Qcow2 {
                 continue;
             }
             raws.clear();
-            self.each_entry(at, g.cluster_size(), |number, raw| {
-                if raw != 0 {
-                    raws.push((number, raw));
+            self.each_l2_entry(at, |number, raw| {
+                if raw.entry != 0 && !g.data_file {
+                    raws.push((number, raw.entry));
                 }
             })?;
             for (number, raw) in &raws {
@@ -372,7 +418,7 @@ impl Qcow2 {
                 }
                 let flagged = right(*raw, host);
                 if flagged != *raw {
-                    wrong(at + number * 8, index, Some(*number), flagged)?;
+                    wrong(at + number * g.entry_size(), index, Some(*number), flagged)?;
                 }
             }
         }

@@ -98,7 +98,12 @@ impl NewImage {
         if !self.size.is_multiple_of(512) || i64::try_from(self.size).is_err() {
             return invalid(format!("an image of {} bytes: multiples of 512 below 2^63 are possible", self.size));
         }
-        let geometry = Geometry { version: 3, cluster_bits: self.cluster_size.trailing_zeros(), refcount_order: REFCOUNT_ORDER };
+        let geometry = Geometry {
+            version: 3,
+            cluster_bits: self.cluster_size.trailing_zeros(),
+            refcount_order: REFCOUNT_ORDER,
+            ..Geometry::default()
+        };
         let l1_entries = geometry.l1_entries_for(self.size);
         if l1_entries * 8 > MAX_L1_BYTES {
             return invalid(format!("an image of {} bytes needs larger clusters than {} bytes", self.size, self.cluster_size));

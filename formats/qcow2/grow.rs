@@ -31,6 +31,9 @@ impl Qcow2 {
         if needed > self.l1.entries() {
             self.grow_l1(needed)?;
         }
+        if self.raw_data_file() {
+            self.grow_data_file(size)?;
+        }
         let old = self.size.swap(size, Ordering::AcqRel);
         self.clear_beyond(old, size).inspect_err(|_| self.size.store(old, Ordering::Release))?;
         self.size_pending.store(true, Ordering::Release);
@@ -43,13 +46,30 @@ impl Qcow2 {
         while at < size {
             let run = self.map_run(at, size - at)?;
             if !matches!(run.place, Place::Parent | Place::Zero { .. }) {
-                let cleared = self.clear(at, run.len, Space::Free)?;
-                if cleared < run.len {
+                // All of its cluster lies behind the end.
+                let start = at - self.geometry.in_cluster(at);
+                let len = self.geometry.round_up(at + run.len - start);
+                let cleared = self.clear(start, len, Space::Free)?;
+                if cleared < len.min(size - start) {
                     return Err(Error::unsupported("the image has data behind its end, which this version of the format cannot give up"));
                 }
             }
             at += run.len;
         }
+        Ok(())
+    }
+
+    /// Makes the data file as long as the disk, with zeros in the new part.
+    fn grow_data_file(&self, size: u64) -> Result<()> {
+        let (store, old) = (self.guest_file(), self.size());
+        let len = store.len().map_err(|e| Error::io("cannot find out the length of the data file", e))?;
+        if len > old {
+            crate::space::clear(store, old, len.min(size).saturating_sub(old))?;
+        }
+        if len < size {
+            store.set_len(size).map_err(|e| Error::io(format!("cannot extend the data file to {size} bytes"), e))?;
+        }
+        self.writeback.wrote_data(self.geometry.data_store());
         Ok(())
     }
 

@@ -30,8 +30,12 @@ pub(super) mod incompatible {
 pub(super) const LAZY_REFCOUNTS: u64 = 1;
 /// Autoclear feature bit 0: the bitmaps are up to date.
 pub(super) const AUTOCLEAR_BITMAPS: u64 = 1;
+/// Autoclear feature bit 1: the data file on its own is a raw image with the guest's bytes.
+pub(super) const AUTOCLEAR_RAW_DATA_FILE: u64 = 1 << 1;
 
 const MAGIC: u32 = 0x5146_49fb;
+/// log2 of the smallest clusters that may have subclusters.
+const MIN_EXTENDED_BITS: u32 = 14;
 /// The longest backing file name.
 const MAX_BACKING_NAME: u32 = 1023;
 const MAX_SNAPSHOTS: u32 = 65536;
@@ -133,7 +137,13 @@ impl Header {
             return Err(invalid(format!("impossible refcount width: 2^{refcount_order} bits (1 to 64 are allowed)"), 96));
         }
         let mut header = Self {
-            geometry: Geometry { version, cluster_bits, refcount_order },
+            geometry: Geometry {
+                version,
+                cluster_bits,
+                refcount_order,
+                extended: v3(72) & incompatible::EXTENDED_L2 != 0,
+                data_file: v3(72) & incompatible::DATA_FILE != 0,
+            },
             size: be64(&start, 24),
             crypt_method: be32(&start, 32),
             l1_entries: be32(&start, 36),
@@ -239,12 +249,11 @@ impl Header {
             2 => return refuse("LUKS encryption inside qcow2"),
             other => return Err(invalid(format!("unknown encryption method {other}"), 32)),
         }
-        if self.incompatible & DATA_FILE != 0 {
-            let name = self.data_file.as_deref().unwrap_or("unnamed");
-            return refuse(&format!("an external data file (\"{name}\")"));
+        if self.incompatible & DATA_FILE != 0 && self.snapshots > 0 {
+            return Err(invalid("the image has a data file and internal snapshots, which exclude each other", 60));
         }
-        if self.incompatible & EXTENDED_L2 != 0 {
-            return refuse("the format with extended L2 entries (subclusters)");
+        if self.incompatible & EXTENDED_L2 != 0 && self.geometry.cluster_bits < MIN_EXTENDED_BITS {
+            return Err(invalid("extended L2 entries need clusters of 16 KiB or more", 20));
         }
         Ok(())
     }

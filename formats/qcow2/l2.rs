@@ -1,33 +1,60 @@
 //! L2 tables in memory, in slices that are loaded when they are first looked at, and the limit on how many there are.
 //!
-//! An entry is one atomic number: readers take no lock that is held over I/O. A table's slices are never unloaded one by one: once a slice is
+//! A standard entry is one atomic number: readers take no lock that is held over I/O. Of an extended one, a bitmap is the second half: the two are read
+//! and changed together, under a lock of the slice that is held for that alone. A table's slices are never unloaded one by one: once a slice is
 //! there, it is what the file will have for as long as the table hangs in its [`Slot`](super::l1::Slot).
 
-use super::entry::Geometry;
+use super::entry::{Geometry, Raw};
 use super::l1::L1;
 use crate::error::Result;
 use crate::writeback::WriteBack;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-/// Entries in a slice: 4 KiB of the table.
+/// Entries in a slice: 4 KiB of the table, or 8 KiB if they are extended.
 pub(super) const SLICE: usize = 512;
 
 /// A part of an L2 table.
 #[derive(Debug)]
 pub(super) struct Slice {
     entries: Box<[AtomicU64]>,
+    /// The second halves of extended entries. Held while an entry is read or changed; empty where entries are standard.
+    bitmaps: RwLock<Box<[u64]>>,
     /// One bit an entry: its cluster was found to belong to nothing else, and may be written in place.
     verified: Box<[AtomicU64]>,
 }
 
 impl Slice {
-    fn new(bytes: &[u8]) -> Self {
-        let entries: Box<[AtomicU64]> = bytes.chunks_exact(8).map(|raw| AtomicU64::new(super::header::be64(raw, 0))).collect();
+    fn new(geometry: Geometry, bytes: &[u8]) -> Self {
+        let raws = || bytes.chunks_exact(geometry.entry_size() as usize).map(Raw::decode);
+        let entries: Box<[AtomicU64]> = raws().map(|raw| AtomicU64::new(raw.entry)).collect();
+        let bitmaps = if geometry.extended { raws().map(|raw| raw.bitmap).collect() } else { Box::default() };
         let verified = (0..entries.len().div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self { entries, verified }
+        Self { entries, bitmaps: RwLock::new(bitmaps), verified }
+    }
+
+    fn get(&self, geometry: Geometry, index: usize) -> Option<Raw> {
+        let entry = self.entries.get(index)?;
+        if !geometry.extended {
+            return Some(Raw { entry: entry.load(Ordering::Acquire), bitmap: 0 });
+        }
+        let bitmaps = self.bitmaps.read();
+        Some(Raw { entry: entry.load(Ordering::Acquire), bitmap: *bitmaps.get(index)? })
+    }
+
+    fn set(&self, geometry: Geometry, index: usize, raw: Raw) {
+        let Some(entry) = self.entries.get(index) else { return };
+        if !geometry.extended {
+            entry.store(raw.entry, Ordering::Release);
+            return;
+        }
+        let mut bitmaps = self.bitmaps.write();
+        entry.store(raw.entry, Ordering::Release);
+        if let Some(bitmap) = bitmaps.get_mut(index) {
+            *bitmap = raw.bitmap;
+        }
     }
 }
 
@@ -36,6 +63,7 @@ impl Slice {
 pub(super) struct L2Table {
     /// Host offset in bytes.
     pub at: u64,
+    geometry: Geometry,
     slices: Box<[OnceLock<Slice>]>,
     entries: usize,
     /// Looked at since the clock hand last passed.
@@ -55,8 +83,13 @@ impl L2Table {
     }
 
     /// Entry number `index`; `None`: its slice is not loaded.
-    pub fn entry(&self, index: usize) -> Option<u64> {
-        Some(self.slices.get(index / SLICE)?.get()?.entries.get(index % SLICE)?.load(Ordering::Acquire))
+    pub fn entry(&self, index: usize) -> Option<Raw> {
+        self.slices.get(index / SLICE)?.get()?.get(self.geometry, index % SLICE)
+    }
+
+    /// Host offset of an entry in bytes.
+    pub fn place(&self, index: usize) -> u64 {
+        self.at + index as u64 * self.geometry.entry_size()
     }
 
     /// The first of the entries whose slice is not loaded.
@@ -85,9 +118,9 @@ impl L2Table {
     }
 
     /// Changes an entry in memory. The slot's lock is held shared and the slice is loaded.
-    pub fn set_entry(&self, index: usize, raw: u64) {
-        if let Some(entry) = self.slices.get(index / SLICE).and_then(OnceLock::get).and_then(|s| s.entries.get(index % SLICE)) {
-            entry.store(raw, Ordering::Release);
+    pub fn set_entry(&self, index: usize, raw: Raw) {
+        if let Some(slice) = self.slices.get(index / SLICE).and_then(OnceLock::get) {
+            slice.set(self.geometry, index % SLICE, raw);
         }
     }
 
@@ -105,10 +138,10 @@ impl L2Table {
         let Some(slice) = self.slices.get(number) else { return Ok(()) };
         if slice.get().is_none() {
             let count = SLICE.min(self.entries - number * SLICE);
-            let mut bytes = vec![0; count * 8];
-            writeback.read(0, self.at + (number * SLICE * 8) as u64, &mut bytes)?;
+            let mut bytes = vec![0; count * self.geometry.entry_size() as usize];
+            writeback.read(0, self.place(number * SLICE), &mut bytes)?;
             // Somebody else may have been first, and changed it since: then his is the truth.
-            if slice.set(Slice::new(&bytes)).is_ok() {
+            if slice.set(Slice::new(self.geometry, &bytes)).is_ok() {
                 self.loaded.fetch_add(bytes.len(), Ordering::Relaxed);
             }
         }
@@ -116,7 +149,7 @@ impl L2Table {
     }
 
     fn memory(&self) -> usize {
-        self.slices.iter().filter_map(OnceLock::get).map(|s| s.entries.len() * 8).sum()
+        self.slices.iter().filter_map(OnceLock::get).map(|s| s.entries.len()).sum::<usize>() * self.geometry.entry_size() as usize
     }
 }
 
@@ -153,6 +186,7 @@ impl L2Cache {
         let slices = std::iter::repeat_with(OnceLock::new).take(L2Table::slices_of(self.geometry)).collect();
         Arc::new(L2Table {
             at,
+            geometry: self.geometry,
             slices,
             entries: self.geometry.l2_entries() as usize,
             used: AtomicBool::new(true),

@@ -4,7 +4,7 @@
 //! is loaded ends.
 
 use super::Qcow2;
-use super::entry::Entry;
+use super::entry::{Entry, Raw, SUBCLUSTERS};
 use super::l1::{self, Slot};
 use super::l2::L2Table;
 use super::write::Raws;
@@ -102,11 +102,14 @@ impl Qcow2 {
         let cluster = self.geometry.cluster_size();
         let skip = self.geometry.in_cluster(at);
         let changeable = self.refcounts.is_some() && !self.damaged.load(Ordering::Acquire);
-        let (entry, verified) = self.entry_in(table, index)?;
+        let (entry, verified) = self.entry_in(table, index, at)?;
         let run = match entry {
             Entry::Compressed { host, len } => {
                 let unit = Unit { id: host, aux: len, decoded_len: cluster as u32 };
                 return Ok(Extent { len: want.min(cluster - skip), place: Place::Encoded { unit, skip } });
+            }
+            Entry::Parts { host, copied, there, zero } => {
+                return Ok(self.run_of_parts(host, copied && verified && changeable, there, zero, skip, want));
             }
             Entry::Data { host, copied } => Run::Data { host, in_place: copied && verified && changeable },
             Entry::Zero { host, .. } => Run::Zero { reserved: host.is_some() },
@@ -116,7 +119,7 @@ impl Qcow2 {
         let mut next = index + 1;
         while len < want && (next as u64) < self.geometry.l2_entries() && table.entry(next).is_some() {
             // An impossible entry is reported when it is reached.
-            let Ok((entry, verified)) = self.entry_in(table, next) else { break };
+            let Ok((entry, verified)) = self.entry_in(table, next, at + len) else { break };
             if !continues(&run, entry, verified && changeable, skip + len) {
                 break;
             }
@@ -124,25 +127,51 @@ impl Qcow2 {
             next += 1;
         }
         let place = match run {
-            Run::Data { host, in_place } => Place::Data { store: 0, at: host + skip, in_place },
+            Run::Data { host, in_place } => Place::Data { store: self.geometry.data_store(), at: host + skip, in_place },
             Run::Zero { reserved } => Place::Zero { reserved },
             Run::Parent => Place::Parent,
         };
         Ok(Extent { len: len.min(want), place })
     }
 
-    /// What a loaded entry says, and whether its cluster may be written in place.
-    fn entry_in(&self, table: &L2Table, index: usize) -> Result<(Entry, bool)> {
-        let raw = table.entry(index).unwrap_or(0);
-        let entry = self.geometry.l2_entry(raw).map_err(|e| self.damage(e.to_string(), table.at + index as u64 * 8))?;
+    /// The run of subclusters of one kind from `skip` bytes after the start of a cluster on.
+    fn run_of_parts(&self, host: Option<u64>, in_place: bool, there: u32, zero: u32, skip: u64, want: u64) -> Extent {
+        let bits = self.geometry.part_bits();
+        let first = (skip >> bits) as u32;
+        let kind = |part: u32| (there >> part & 1, zero >> part & 1);
+        let end = (first..SUBCLUSTERS).find(|part| kind(*part) != kind(first)).unwrap_or(SUBCLUSTERS);
+        let place = match (kind(first), host) {
+            ((1, _), Some(host)) => Place::Data { store: self.geometry.data_store(), at: host + skip, in_place },
+            ((_, 1), host) => Place::Zero { reserved: host.is_some() },
+            _ => Place::Parent,
+        };
+        Extent { len: ((u64::from(end) << bits) - skip).min(want), place }
+    }
+
+    /// What a loaded entry says, and whether its cluster may be written in place. `at` is a guest offset in its cluster.
+    fn entry_in(&self, table: &L2Table, index: usize, at: u64) -> Result<(Entry, bool)> {
+        let raw = table.entry(index).unwrap_or_default();
+        let entry = self.l2_entry_at(raw, at).map_err(|e| self.damage(e.to_string(), table.place(index)))?;
         Ok((entry, table.verified(index)))
+    }
+
+    /// What the entry for the cluster of guest offset `at` says.
+    pub(super) fn l2_entry_at(&self, raw: Raw, at: u64) -> Result<Entry> {
+        let entry = self.geometry.l2_entry(raw)?;
+        match entry.host() {
+            Some(host) if self.geometry.data_file && host != at - self.geometry.in_cluster(at) => Err(Error::corrupt(format!(
+                "the data of guest offset {:#x} are said to be at {host:#x} of the data file, where they cannot be",
+                at - self.geometry.in_cluster(at)
+            ))),
+            _ => Ok(entry),
+        }
     }
 
     /// `count` raw entries from `first` on of the table of an L1 entry that has one.
     pub(super) fn raw_entries(&self, slot_index: u64, first: usize, count: usize) -> Result<Raws> {
         let indices = first..first + count;
         self.with_table(self.l1.slot_for(slot_index), slot_index, indices.clone(), |table| {
-            Ok(indices.map(|i| table.entry(i).unwrap_or(0)).collect())
+            Ok(indices.map(|i| table.entry(i).unwrap_or_default()).collect())
         })
     }
 }

@@ -5,6 +5,10 @@
 //! clusters (`compressed`). Guest writes that need new clusters are in `write`, zeroing and discarding in `clear`; `metadata` knows which clusters must
 //! not be overwritten. `create` makes new images. `check` compares refcounts and references, `repair` mends. What the image's header says is in `header`.
 //!
+//! Extended L2 entries say of each of a cluster's 32 subclusters where it is; the engine still maps and locks whole clusters. With an external data file
+//! the guest's bytes lie in that, each at its own offset, and nothing of it is counted: the first of [`Format::stores`] has the metadata, the second
+//! the data.
+//!
 //! # Order of changes
 //! Raised refcounts and new tables are reservations, entries of L1 and L2 tables are publications (see [`crate::writeback`]). Refcounts are lowered
 //! when the entries that referred to the cluster are durably gone.
@@ -43,7 +47,7 @@ use crate::store::Store;
 use crate::writeback::{Freed, WriteBack};
 use clear::Space;
 use entry::Geometry;
-use header::{AUTOCLEAR_BITMAPS, Header, field, incompatible};
+use header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, Header, field, incompatible};
 use l1::L1;
 use l2::L2Cache;
 use metadata::BITMAP_LIST;
@@ -120,13 +124,13 @@ impl Qcow2 {
     fn clear_autoclear(&self) -> Result<()> {
         let Some(refcounts) = &self.refcounts else { return Ok(()) };
         let mut bits = self.autoclear.lock();
-        let mut keep = 0;
+        let mut keep = if self.raw_data_file() { AUTOCLEAR_RAW_DATA_FILE } else { 0 };
         if let Some(at) = self.header.bitmaps.filter(|_| *bits & AUTOCLEAR_BITMAPS != 0) {
             let file_len = self.file_len()?;
             // Only where the list is what it claims to be may it be written to.
             let list = refcounts.metadata.what(at.at) == Some(BITMAP_LIST) && refcounts.count(at.at)? == 1;
             if list && bitmaps::mark_in_use(&self.writeback, at, file_len).is_ok() {
-                keep = AUTOCLEAR_BITMAPS;
+                keep |= AUTOCLEAR_BITMAPS;
             }
         }
         if *bits != keep {
@@ -142,6 +146,16 @@ impl Qcow2 {
 
     fn file(&self) -> &dyn Store {
         &*self.stores[0]
+    }
+
+    /// Where the guest's clusters are.
+    fn guest_file(&self) -> &dyn Store {
+        self.stores.get(self.geometry.data_store()).map_or_else(|| self.file(), |store| &**store)
+    }
+
+    /// The data file is to be what a raw image with the guest's bytes is. Where something shows through from below it cannot be.
+    fn raw_data_file(&self) -> bool {
+        self.geometry.data_file && self.header.autoclear & AUTOCLEAR_RAW_DATA_FILE != 0 && self.header.backing.is_none()
     }
 }
 

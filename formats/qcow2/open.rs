@@ -2,7 +2,7 @@
 
 use super::Qcow2;
 use super::entry::{Geometry, MAX_L1_BYTES, REFTABLE_OFFSET};
-use super::header::{AUTOCLEAR_BITMAPS, Compression, Header, LAZY_REFCOUNTS, incompatible};
+use super::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA_FILE, Compression, Header, LAZY_REFCOUNTS, incompatible};
 use super::l1::L1;
 use super::l2::L2Cache;
 use super::metadata::BITMAP_LIST;
@@ -14,7 +14,7 @@ use crate::writeback::WriteBack;
 use parking_lot::Mutex;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -29,11 +29,19 @@ const TABLE_LOCKS: usize = 16;
 /// `InvalidFormat`, `Unsupported`, `Corrupt` with the offset and reason; `InvalidOption` for a snapshot that is not there.
 pub fn open(request: Request<'_>) -> Result<Opened> {
     let header = Header::read(&*request.store)?;
-    let stores = vec![request.store];
+    let (writable, repair) = (request.writable && request.snapshot_name.is_none(), request.repair);
+    let mut stores = vec![request.store];
+    if header.geometry.data_file {
+        let name = header.data_file.as_deref().filter(|name| !name.is_empty()).ok_or_else(|| {
+            Error::unsupported(
+                "the guest's data are in another file that the image does not name (qemu-img amend -o data_file=FILE writes the name down)",
+            )
+        })?;
+        stores.push((request.open_file)(Path::new(name), writable)?);
+    }
     let writeback = Arc::new(WriteBack::new(stores.clone(), request.redo));
     let geometry = header.geometry;
     let file_len = stores[0].len().map_err(|e| Error::io("cannot find out the length of the file", e))?;
-    let (writable, repair) = (request.writable && request.snapshot_name.is_none(), request.repair);
     let (snapshots, snapshots_len) = snapshots::read(&writeback, &header)?;
     let (l1_at, l1_entries, size) = match request.snapshot_name {
         None => (header.l1_at, header.l1_entries, header.size),
@@ -193,6 +201,12 @@ pub(super) fn describe(image: &Qcow2) -> serde_json::Value {
     }
     if let Some(format) = &header.backing_format {
         add("backing-filename-format", format.as_str().into());
+    }
+    if header.geometry.data_file {
+        if let Some(name) = &header.data_file {
+            add("data-file", name.as_str().into());
+        }
+        add("data-file-raw", (*image.autoclear.lock() & AUTOCLEAR_RAW_DATA_FILE != 0).into());
     }
     if let Some(at) = header.bitmaps
         && let Ok((_, list)) = image.file_len().and_then(|len| bitmaps::read(&image.writeback, at, len))

@@ -5,7 +5,7 @@
 
 use super::check::{Findings, Wrong};
 use super::counts::Counts;
-use super::entry::{COMPRESSED, COPIED, Entry, MAX_REFTABLE_BYTES, ZERO};
+use super::entry::{COMPRESSED, COPIED, Entry, MAX_REFTABLE_BYTES, Raw};
 use super::header::{field, incompatible};
 use super::refcount::{self, Refcounts};
 use super::{Qcow2, open};
@@ -101,7 +101,7 @@ impl Qcow2 {
     fn mend_entries(&self, notes: &mut Vec<String>) -> Result<u64> {
         let g = self.geometry;
         let file_len = self.file_len()?;
-        let zeros = if g.version >= 3 { ZERO } else { 0 };
+        let zeros = if g.version >= 3 { Raw::zeros(g) } else { Raw::default() };
         let (mut mended, mut raws) = (0, Vec::new());
         for index in self.l1.used() {
             let table_at = self.l1.slot(index).map_or(0, super::l1::Slot::table_at);
@@ -109,12 +109,15 @@ impl Qcow2 {
                 continue;
             }
             raws.clear();
-            self.each_entry(table_at, g.cluster_size(), |_, raw| raws.push(raw))?;
+            self.each_l2_entry(table_at, |_, raw| raws.push(raw))?;
             for (number, raw) in (0..).zip(&raws) {
                 let end = match g.l2_entry(*raw) {
                     Ok(Entry::Compressed { host, len }) => host + len,
-                    Ok(Entry::Data { host, .. } | Entry::Zero { host: Some(host), .. }) => host + g.cluster_size(),
-                    _ => continue,
+                    Ok(entry) => match entry.clusters(g) {
+                        Some((host, len)) => host + len,
+                        None => continue,
+                    },
+                    Err(_) => continue,
                 };
                 let guest = (index << g.table_bits()) + (number << g.cluster_bits);
                 let right = if end > file_len && end - file_len >= g.cluster_size() {
@@ -122,13 +125,13 @@ impl Qcow2 {
                         "the data of guest offset {guest:#x} are beyond the end of the file and lost: it reads as zeros now"
                     ));
                     zeros
-                } else if raw & COMPRESSED != 0 && raw & COPIED != 0 {
+                } else if raw.entry & COMPRESSED != 0 && raw.entry & COPIED != 0 {
                     notes.push(format!("the compressed cluster of guest offset {guest:#x} had the COPIED flag"));
-                    raw & !COPIED
+                    Raw { entry: raw.entry & !COPIED, ..*raw }
                 } else {
                     continue;
                 };
-                self.writeback.publish(0, table_at + number * 8, &right.to_be_bytes())?;
+                self.publish_entry(table_at, number, right)?;
                 notes.truncate(CheckReport::MAX_NOTES);
                 mended += 1;
             }
@@ -140,6 +143,9 @@ impl Qcow2 {
     /// the active state does not, and a writer that takes one reference away would leave the other with the wrong flag. Returns how many there were.
     fn separate_entries(&self, refcounts: &Refcounts, found: &Findings, notes: &mut Vec<String>) -> Result<u64> {
         let g = self.geometry;
+        if g.data_file {
+            return Ok(0);
+        }
         let file_len = self.file_len()?;
         let (mut tables, mut seen, mut end, mut copies) = (Counts::default(), Counts::default(), g.round_up(file_len), 0);
         let (mut raws, mut cluster) = (Vec::new(), Vec::new());
@@ -151,9 +157,13 @@ impl Qcow2 {
             }
             tables.add(table_at >> g.cluster_bits, 1);
             raws.clear();
-            self.each_entry(table_at, g.cluster_size(), |_, raw| raws.push(raw))?;
+            self.each_l2_entry(table_at, |_, raw| raws.push(raw))?;
             for (number, raw) in (0..).zip(&raws) {
-                let Ok(Entry::Data { host, .. }) = g.l2_entry(*raw) else { continue };
+                let host = match g.l2_entry(*raw) {
+                    Ok(Entry::Data { host, .. }) => host,
+                    Ok(Entry::Parts { host: Some(host), there, .. }) if there != 0 => host,
+                    _ => continue,
+                };
                 seen.add(host >> g.cluster_bits, 1);
                 let of_others = [&found.metadata, &found.packed].iter().any(|counts| counts.get(host >> g.cluster_bits) > 0);
                 let alone = seen.get(host >> g.cluster_bits) == 1 && !of_others;
@@ -168,7 +178,7 @@ impl Qcow2 {
                 self.file().read_zero_filled(&mut cluster, host).map_err(fail)?;
                 self.file().write_all_at(&cluster, end).map_err(fail)?;
                 self.writeback.wrote_data(0);
-                self.writeback.publish(0, table_at + number * 8, &end.to_be_bytes())?;
+                self.publish_entry(table_at, number, Raw { entry: end, ..*raw })?;
                 end += g.cluster_size();
                 copies += 1;
             }
@@ -176,6 +186,12 @@ impl Qcow2 {
         let mut state = refcounts.lock();
         state.fresh = state.fresh.max(end);
         Ok(copies)
+    }
+
+    fn publish_entry(&self, table_at: u64, number: u64, raw: Raw) -> Result<()> {
+        let mut bytes = smallvec::SmallVec::new();
+        raw.encode(self.geometry, &mut bytes);
+        self.writeback.publish(0, table_at + number * self.geometry.entry_size(), &bytes)
     }
 
     /// Refcounts of clusters that the file does not have would hide them from the allocator, and show as leaks, as soon as it has them; but for those of clusters

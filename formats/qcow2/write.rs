@@ -4,7 +4,7 @@
 //! hold metadata. What passed is remembered with the loaded table (`verified`), so that `map` allows the next write in place at once.
 
 use super::Qcow2;
-use super::entry::{COPIED, Entry, L1_RESERVED, OFFSET};
+use super::entry::{COPIED, Entry, L1_RESERVED, OFFSET, Raw};
 use super::l1::{self, Slot};
 use super::refcount::Refcounts;
 use crate::error::{Error, Kind, Result};
@@ -20,10 +20,10 @@ const MAX_PLACEMENT: u64 = 16 << 20;
 const IN_PLACE: u64 = 0;
 /// The clusters are new.
 const NEW: u64 = 1;
-/// The clusters were set aside under the zero flag.
+/// The clusters are the guest's already, but hold nothing yet.
 const SET_ASIDE: u64 = 2;
 
-pub(super) type Raws = SmallVec<[u64; 32]>;
+pub(super) type Raws = SmallVec<[Raw; 32]>;
 
 impl Qcow2 {
     /// The refcounts, if the image may be changed.
@@ -61,33 +61,74 @@ impl Qcow2 {
         let count = g.clusters(end - start).min(most);
         let raws = self.raw_entries(slot_index, first, count as usize)?;
         let cluster = g.cluster_size();
-        match self.ownership(refcounts, *raws.first().unwrap_or(&0))? {
+        // Of the clusters before a given one from the first on, the parts that the write touches.
+        let touched = |clusters: u64| {
+            let from = at & !((1 << g.part_bits()) - 1);
+            let to = end.min(start + clusters * cluster).checked_next_multiple_of(1 << g.part_bits()).unwrap_or(u64::MAX);
+            (from, to - from)
+        };
+        let whole = |clusters: u64| (start, clusters * cluster);
+        let store = g.data_store();
+        let placed = |(at, len): (u64, u64), host: u64, zeroed: bool, token: u64| Placement {
+            at,
+            len,
+            store,
+            host: host + (at - start),
+            zeroed,
+            token,
+        };
+        match self.ownership(refcounts, raws.first().copied().unwrap_or_default(), start)? {
             Ownership::Data(host) => {
-                let run = self.owned_run(refcounts, &raws, |o, i| o == Ownership::Data(host + i * cluster))?;
-                self.with_table(self.l1.slot_for(slot_index), slot_index, first..first + run as usize, |table| {
-                    (first..first + run as usize).for_each(|i| table.set_verified(i, true));
-                    Ok(())
-                })?;
+                let run = self.owned_run(refcounts, &raws, start, |o, i| o == Ownership::Data(host + i * cluster))?;
+                self.allow_in_place(slot_index, first, run)?;
                 let len = (run * cluster - g.in_cluster(at)).min(end - at);
-                Ok(Placement { at, len, store: 0, host: host + g.in_cluster(at), zeroed: false, token: IN_PLACE })
+                Ok(placed((at, len), host, false, IN_PLACE))
             }
             Ownership::SetAside(host) => {
-                let run = self.owned_run(refcounts, &raws, |o, i| o == Ownership::SetAside(host + i * cluster))?;
-                Ok(Placement { at: start, len: run * cluster, store: 0, host, zeroed: false, token: SET_ASIDE })
+                let run = self.owned_run(refcounts, &raws, start, |o, i| o == Ownership::SetAside(host + i * cluster))?;
+                Ok(placed(touched(run), host, false, SET_ASIDE))
             }
-            Ownership::None => {
-                let want = self.owned_run(refcounts, &raws, |o, _| o == Ownership::None)?;
+            Ownership::Parts { host, there } => {
+                // As far as it goes on as it begins, within the cluster.
+                let part = |at: u64| g.parts(start, at, at + 1);
+                let is_there = |at: u64| there & part(at) != 0;
+                let (from, len) = touched(1);
+                let to = (from..from + len).step_by(1 << g.part_bits()).find(|here| is_there(*here) != is_there(at)).unwrap_or(from + len);
+                if is_there(at) {
+                    self.allow_in_place(slot_index, first, 1)?;
+                    Ok(placed((at, to.min(end) - at), host, false, IN_PLACE))
+                } else {
+                    Ok(placed((from, to - from), host, false, SET_ASIDE))
+                }
+            }
+            Ownership::Nothing if g.data_file => {
+                let run = self.owned_run(refcounts, &raws, start, |o, _| o == Ownership::Nothing)?;
+                Ok(placed(touched(run), start, false, SET_ASIDE))
+            }
+            what @ (Ownership::Nothing | Ownership::Shared) => {
+                let want = self.owned_run(refcounts, &raws, start, |o, _| o == what)?;
                 let taken = self.noting_damage(refcounts.allocate(want))?;
-                Ok(Placement { at: start, len: taken.clusters * cluster, store: 0, host: taken.at, zeroed: taken.zeroed, token: NEW })
+                // What others have too is copied whole.
+                let range = if what == Ownership::Nothing { touched(taken.clusters) } else { whole(taken.clusters) };
+                Ok(placed(range, taken.at, taken.zeroed, NEW))
             }
         }
     }
 
-    /// How many entries from the first on, which does, fit.
-    fn owned_run(&self, refcounts: &Refcounts, raws: &[u64], fits: impl Fn(Ownership, u64) -> bool) -> Result<u64> {
+    /// Lets the next writes to clusters that were found to be the guest's alone go there at once.
+    fn allow_in_place(&self, slot_index: u64, first: usize, count: u64) -> Result<()> {
+        let indices = first..first + count as usize;
+        self.with_table(self.l1.slot_for(slot_index), slot_index, indices.clone(), |table| {
+            indices.for_each(|i| table.set_verified(i, true));
+            Ok(())
+        })
+    }
+
+    /// How many entries from the first on, which does and is that of guest offset `start`, fit.
+    fn owned_run(&self, refcounts: &Refcounts, raws: &[Raw], start: u64, fits: impl Fn(Ownership, u64) -> bool) -> Result<u64> {
         let mut run = 1;
         for (i, raw) in (1..).zip(raws.iter().skip(1)) {
-            if !fits(self.ownership(refcounts, *raw)?, i) {
+            if !fits(self.ownership(refcounts, *raw, start + (i << self.geometry.cluster_bits))?, i) {
                 break;
             }
             run += 1;
@@ -95,14 +136,18 @@ impl Qcow2 {
         Ok(run)
     }
 
-    /// Whether the cluster of an L2 entry is the guest's alone.
-    fn ownership(&self, refcounts: &Refcounts, raw: u64) -> Result<Ownership> {
-        Ok(match self.noting_damage(self.geometry.l2_entry(raw))? {
-            Entry::Data { host, copied: true } if self.is_exclusive(refcounts, host, "data cluster")? => Ownership::Data(host),
-            Entry::Zero { host: Some(host), copied: true } if self.is_exclusive(refcounts, host, "data cluster")? => {
-                Ownership::SetAside(host)
-            }
-            _ => Ownership::None,
+    /// Whether the cluster of the L2 entry for guest offset `at` is the guest's alone.
+    fn ownership(&self, refcounts: &Refcounts, raw: Raw, at: u64) -> Result<Ownership> {
+        // The data file is the guest's, all of it.
+        let alone = |host: u64, copied: bool| -> Result<bool> {
+            Ok(self.geometry.data_file || (copied && self.is_exclusive(refcounts, host, "data cluster")?))
+        };
+        Ok(match self.noting_damage(self.l2_entry_at(raw, at))? {
+            Entry::Data { host, copied } if alone(host, copied)? => Ownership::Data(host),
+            Entry::Zero { host: Some(host), copied } if alone(host, copied)? => Ownership::SetAside(host),
+            Entry::Parts { host: Some(host), copied, there, .. } if alone(host, copied)? => Ownership::Parts { host, there },
+            Entry::Unallocated | Entry::Zero { host: None, .. } | Entry::Parts { host: None, .. } => Ownership::Nothing,
+            _ => Ownership::Shared,
         })
     }
 
@@ -198,15 +243,19 @@ impl Qcow2 {
         let g = self.geometry;
         let slot_index = l1::index(g, placement.at);
         let first = g.l2_index(placement.at);
-        let count = g.clusters(placement.len) as usize;
-        let new = |i: usize| (placement.host + ((i as u64) << g.cluster_bits)) | COPIED;
-        let old = self.replace(slot_index, first, count, |i, _| new(i), true);
+        let (skip, end) = (g.in_cluster(placement.at), placement.at.saturating_add(placement.len));
+        let count = g.clusters(skip + placement.len) as usize;
+        let new = |i: usize, old: Raw| {
+            let ahead = (i as u64) << g.cluster_bits;
+            old.with_data(g, placement.host - skip + ahead, g.parts(placement.at - skip + ahead, placement.at, end))
+        };
+        let old = self.replace(slot_index, first, count, new, true);
         match old {
             Ok(old) if placement.token == NEW => self.release_clusters(&old),
             Ok(_) => {}
             Err(error) => {
                 if placement.token == NEW {
-                    refcounts.give_back(placement.host, placement.len)?;
+                    refcounts.give_back(placement.host - skip, skip + placement.len)?;
                 }
                 return Err(error);
             }
@@ -217,7 +266,8 @@ impl Qcow2 {
     /// See [`Format::cancel`](crate::format::Format::cancel).
     pub(super) fn cancel_write(&self, placement: &Placement) {
         let Some(refcounts) = self.refcounts.as_ref().filter(|_| placement.token == NEW) else { return };
-        if let Err(error) = refcounts.give_back(placement.host, placement.len) {
+        let skip = self.geometry.in_cluster(placement.at);
+        if let Err(error) = refcounts.give_back(placement.host - skip, skip + placement.len) {
             tracing::warn!(error = %error.chain(), host = placement.host, "clusters of a write that failed stay allocated");
         }
     }
@@ -229,18 +279,19 @@ impl Qcow2 {
         slot_index: u64,
         first: usize,
         count: usize,
-        new: impl Fn(usize, u64) -> u64,
+        new: impl Fn(usize, Raw) -> Raw,
         verified: bool,
     ) -> Result<Raws> {
         let slot = self.l1.slot_for(slot_index);
         self.with_table(slot, slot_index, first..first + count, |table| {
-            let old: Raws = (first..first + count).map(|i| table.entry(i).unwrap_or(0)).collect();
+            let old: Raws = (first..first + count).map(|i| table.entry(i).unwrap_or_default()).collect();
             let changed: Raws = old.iter().enumerate().map(|(i, raw)| new(i, *raw)).collect();
             if changed == old {
                 return Ok(Raws::new());
             }
-            let bytes: SmallVec<[u8; 256]> = changed.iter().flat_map(|raw| raw.to_be_bytes()).collect();
-            self.writeback.publish(0, table.at + first as u64 * 8, &bytes)?;
+            let mut bytes = SmallVec::new();
+            changed.iter().for_each(|raw| raw.encode(self.geometry, &mut bytes));
+            self.writeback.publish(0, table.place(first), &bytes)?;
             for (i, raw) in changed.iter().enumerate() {
                 table.set_entry(first + i, *raw);
                 table.set_verified(first + i, verified);
@@ -250,7 +301,7 @@ impl Qcow2 {
     }
 
     /// Gives up the references of entries that were replaced.
-    pub(super) fn release_clusters(&self, old: &[u64]) {
+    pub(super) fn release_clusters(&self, old: &[Raw]) {
         let mut run: Option<(u64, u64)> = None;
         let release = |run: Option<(u64, u64)>| {
             if let Some((at, len)) = run {
@@ -293,8 +344,12 @@ impl Qcow2 {
 enum Ownership {
     /// In place, at this host offset.
     Data(u64),
-    /// Once the zero flag is gone.
+    /// Once it is said that it holds data.
     SetAside(u64),
-    /// No: a new cluster is needed.
-    None,
+    /// In place where subclusters are there, at this host offset; where they are not, once it is said that they are.
+    Parts { host: u64, there: u32 },
+    /// No: there is no cluster yet.
+    Nothing,
+    /// No: others have it too, or it is compressed.
+    Shared,
 }

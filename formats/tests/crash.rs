@@ -183,3 +183,57 @@ macro_rules! tests {
     };
 }
 for_each_writable_kind!(tests);
+
+/// Power cuts and deaths of images whose data are in a second file: either file may be ahead of the other.
+fn cuts_of_two_files(kind: &Kind) {
+    let dir = scratch();
+    let made = kind.make(dir.path());
+    let second = made.file.with_file_name("data");
+    let bases = [&made.file, &second].map(|file| Pages::from(std::fs::read(file).unwrap().as_slice()));
+    let unit = open::file(kind, &made.file, true).limits().granularity;
+    let verdict = Verdict { kind, path: &made.file };
+    for run_seed in seed()..seed() + runs() {
+        let mut rng = StdRng::seed_from_u64(run_seed);
+        let mut mix = cut::mix(kind, unit);
+        mix.flush_one_in = [4, 12, 40][rng.random_range(0..3)];
+        let operations = cut::operations(&mut rng, &mix, OPERATIONS);
+        let run = cut::record_two(kind, &made.file, bases.clone(), made.content.clone(), &operations)
+            .unwrap_or_else(|e| panic!("{}, seed {run_seed}: {e}", kind.name));
+        let mut cutters = [Cutter::new(&run), Cutter::of_second(&run, bases[1].clone())];
+        for (index, position) in cut::positions(&run, CUTS, &mut rng).into_iter().enumerate() {
+            let fail = |e: String| -> ! { panic!("{}, seed {run_seed}, cut at {position} of {}: {e}", kind.name, run.entries.len()) };
+            let open = |files: [Pages; 2], records: &[redo::Record]| {
+                let stores = files.map(|file| Arc::new(PageStore::new(file)) as Arc<dyn Store>);
+                replay(records, &stores).unwrap_or_else(|e| fail(e.chain()));
+                let [first, second] = stores;
+                open::over_files(kind, &made.file, first, Some(second), true, Box::new(redo::None)).unwrap_or_else(|e| fail(e.chain()))
+            };
+            let files = cutters.each_mut().map(|cutter| cutter.after_power_cut(position, rng.random()));
+            if index % 50 == 0 {
+                std::fs::write(&second, files[1].to_vec()).unwrap();
+                verdict.qemu(&files[0]).unwrap_or_else(|e| fail(e));
+            }
+            let raw = files[1].clone();
+            let image = open(files, &[]);
+            let now = cut::content(kind, &image).unwrap_or_else(|e| fail(e));
+            run.history.allowed_after_cut(&now, position).and_then(|()| verdict.check(&image)).unwrap_or_else(|e| fail(e));
+            if kind.name == "qcow2_data_file_raw" {
+                // The data file alone is a raw image: what it holds is the guest's as well, without the other.
+                let mut raw = raw.to_vec();
+                raw.resize(now.len(), 0);
+                assert!(raw == now, "{}, seed {run_seed}, cut at {position}: the data file differs from the disk", kind.name);
+            }
+            let [(first, records), (second, _)] = cutters.each_mut().map(|cutter| cutter.after_death(position, rng.random()));
+            let image = open([first, second], &records);
+            let now = cut::content(kind, &image).unwrap_or_else(|e| fail(e));
+            run.history.allowed_after_death(&now, position).and_then(|()| verdict.check(&image)).unwrap_or_else(|e| fail(e));
+        }
+    }
+}
+
+macro_rules! two_file_tests {
+    ($($kind:ident)*) => {
+        kind_tests!(cuts_of_two_files: $($kind)*);
+    };
+}
+two_file_tests!(qcow2_data_file qcow2_data_file_raw qcow2_data_file_subclusters qcow2_data_file_on_raw);

@@ -104,14 +104,28 @@ fn snapshots_are_listed_and_read() {
 #[test]
 fn what_cannot_be_served_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
-    let refused = |name: &str, options: &str, words: &str| {
-        qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", options, name, "6M"]);
-        let error = try_open(&dir.path().join(name), false).err().unwrap();
-        assert_eq!(error.kind(), Kind::Unsupported);
-        assert!(error.chain().contains(words) && error.chain().contains(name), "{}", error.chain());
-    };
-    refused("data", "data_file=d.raw", "external data file");
-    refused("subclusters", "extended_l2=on", "extended L2");
+    // A data file that is not named, and two features that exclude each other.
+    qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", "data_file=d.raw", "data", "6M"]);
+    let path = dir.path().join("data");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let extension = bytes.windows(4).position(|w| w == b"DATA").unwrap();
+    bytes[63] = 1;
+    std::fs::write(&path, &bytes).unwrap();
+    let error = try_open(&path, false).err().unwrap();
+    assert!(error.kind() == Kind::InvalidFormat && error.chain().contains("internal snapshots"), "{}", error.chain());
+    bytes[63] = 0;
+    bytes[extension] = b'X';
+    std::fs::write(&path, &bytes).unwrap();
+    let error = try_open(&path, false).err().unwrap();
+    assert!(error.kind() == Kind::Unsupported && error.chain().contains("does not name"), "{}", error.chain());
+    // Subclusters of less than a sector.
+    qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", "cluster_size=8k", "small", "1M"]);
+    let path = dir.path().join("small");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[79] |= 0x10;
+    std::fs::write(&path, &bytes).unwrap();
+    let error = try_open(&path, false).err().unwrap();
+    assert!(error.kind() == Kind::InvalidFormat && error.chain().contains("16 KiB"), "{}", error.chain());
     // A feature that nobody knows, named by nobody and then by the image.
     qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "new", "6M"]);
     let path = dir.path().join("new");

@@ -40,9 +40,29 @@ pub fn operations(rng: &mut StdRng, mix: &Mix, count: usize) -> Vec<Operation> {
 pub fn record(kind: &Kind, path: &Path, base: Pages, content: Vec<u8>, operations: &[Operation]) -> Result<Run, String> {
     let journal = Journal::new();
     let store = Arc::new(RecordingStore::new(base.to_vec(), journal.clone(), FILE, path));
+    let reopen = || open::over(kind, path, store.clone(), true, Box::new(journal.clone()));
+    record_on(&journal, base, content, operations, reopen)
+}
+
+/// The same on an image of two files, of which the journal numbers the second [`FILE`] + 1.
+pub fn record_two(kind: &Kind, path: &Path, bases: [Pages; 2], content: Vec<u8>, operations: &[Operation]) -> Result<Run, String> {
+    let journal = Journal::new();
+    let [first, second] = [(FILE, &bases[0]), (FILE + 1, &bases[1])]
+        .map(|(number, base)| Arc::new(RecordingStore::new(base.to_vec(), journal.clone(), number, path)));
+    let reopen = || open::over_files(kind, path, first.clone(), Some(second.clone()), true, Box::new(journal.clone()));
+    let [base, _] = &bases;
+    record_on(&journal, base.clone(), content, operations, reopen)
+}
+
+fn record_on(
+    journal: &Journal,
+    base: Pages,
+    content: Vec<u8>,
+    operations: &[Operation],
+    open: impl Fn() -> formats::Result<Arc<Image>>,
+) -> Result<Run, String> {
     let history = Mutex::new(History::new(content));
-    let reopen =
-        || open::over(kind, path, store.clone(), true, Box::new(journal.clone())).map_err(|e| format!("cannot open: {}", e.chain()));
+    let reopen = || open().map_err(|e| format!("cannot open: {}", e.chain()));
     let mut image = reopen()?;
     for (index, operation) in operations.iter().enumerate() {
         if *operation == Operation::Reopen {
@@ -50,7 +70,7 @@ pub fn record(kind: &Kind, path: &Path, base: Pages, content: Vec<u8>, operation
             drop(image);
             image = reopen()?;
         } else {
-            perform(&image, &journal, &history, operation, index as u32 + 1)
+            perform(&image, journal, &history, operation, index as u32 + 1)
                 .map_err(|e| format!("operation {index}, {operation:?}: {}", e.chain()))?;
         }
     }
@@ -159,6 +179,7 @@ fn own(operation: Operation, thread: u64, threads: u64, mix: &Mix) -> Operation 
 
 /// Walks along a recorded run and tells what the file may hold at each position. Positions must not go back.
 pub struct Cutter<'a> {
+    file: usize,
     entries: &'a [Entry],
     position: usize,
     /// What every cut leaves: all changes that a sync covers.
@@ -174,7 +195,12 @@ pub struct Cutter<'a> {
 impl<'a> Cutter<'a> {
     /// At the start of a run.
     pub fn new(run: &'a Run) -> Self {
-        Self { entries: &run.entries, position: 0, safe: run.base.clone(), open: Vec::new(), synced: 0, redo: Vec::new() }
+        Self { file: FILE, entries: &run.entries, position: 0, safe: run.base.clone(), open: Vec::new(), synced: 0, redo: Vec::new() }
+    }
+
+    /// Likewise, for the second file of [`record_two`].
+    pub fn of_second(run: &'a Run, base: Pages) -> Self {
+        Self { file: FILE + 1, safe: base, ..Self::new(run) }
     }
 
     /// Goes on to `position`.
@@ -182,14 +208,16 @@ impl<'a> Cutter<'a> {
         assert!(position >= self.position, "a cutter does not go back");
         for (index, entry) in self.entries.iter().enumerate().take(position).skip(self.position) {
             match entry {
-                Entry::Began { file: FILE, action: action @ (Action::Write { .. } | Action::SetLen(_) | Action::Zero { .. }) } => {
+                Entry::Began { file, action: action @ (Action::Write { .. } | Action::SetLen(_) | Action::Zero { .. }) }
+                    if *file == self.file =>
+                {
                     self.open.push((index, action, None));
                 }
                 Entry::Began { action: Action::Redo(record), .. } => self.redo.push(record),
                 Entry::Began { action: Action::RedoDurable(group), .. } => self.redo.retain(|r| r.group > *group),
                 Entry::Began { .. } => {}
                 Entry::Ended(began) => match &self.entries[*began] {
-                    Entry::Began { file: FILE, action: Action::Sync } if *began > self.synced => {
+                    Entry::Began { file, action: Action::Sync } if *file == self.file && *began > self.synced => {
                         self.synced = *began;
                         let (safe, synced) = (&mut self.safe, self.synced);
                         self.open.retain(|(_, action, end)| {

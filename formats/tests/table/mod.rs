@@ -97,6 +97,8 @@ macro_rules! for_each_kind {
         $tests!(raw raw_odd_length
             qcow2 qcow2_v2 qcow2_512 qcow2_4k qcow2_2m qcow2_odd_size qcow2_refcount1 qcow2_refcount2 qcow2_refcount4 qcow2_refcount8
             qcow2_refcount32 qcow2_refcount64 qcow2_lazy qcow2_zlib qcow2_zstd qcow2_snapshots qcow2_compressed_snapshots qcow2_bitmap
+            qcow2_subclusters qcow2_subclusters_16k qcow2_subclusters_2m qcow2_subclusters_zlib qcow2_subclusters_snapshots
+            qcow2_subclusters_on_raw qcow2_subclusters_chain
             qcow2_on_raw qcow2_chain qcow2_v2_on_raw overlay_on_gzip overlay_on_vhdx
             vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
             vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
@@ -104,6 +106,7 @@ macro_rules! for_each_kind {
             qed qed_4k qed_on_raw qed_on_qcow2 qcow1 qcow1_zlib qcow1_on_raw
             vmdk_sparse vmdk_zeroed_grains vmdk_child vmdk_child_zeroed_grains vmdk_stream vmdk_stream_footer
             vmdk_flat vmdk_2gb_sparse vmdk_2gb_flat vmdk_mixed vmdk_cowd vmdk_sesparse vmdk_sesparse_child ova split
+            qcow2_data_file qcow2_data_file_raw qcow2_data_file_subclusters qcow2_data_file_on_raw
             bochs cloop dmg_raw dmg_adc dmg_zlib dmg_bzip2 dmg_xz dmg_resources
             raw_gzip raw_bgzf raw_xz raw_zstd raw_bzip2 raw_lz4 raw_lzip
             qcow2_gzip qcow2_bgzf qcow2_xz qcow2_zstd_stream qcow2_bzip2 qcow2_lz4 qcow2_lzip);
@@ -119,6 +122,8 @@ macro_rules! for_each_writable_kind {
         $tests!(raw raw_odd_length
             qcow2 qcow2_v2 qcow2_512 qcow2_4k qcow2_2m qcow2_odd_size qcow2_refcount1 qcow2_refcount2 qcow2_refcount4 qcow2_refcount8
             qcow2_refcount32 qcow2_refcount64 qcow2_lazy qcow2_zlib qcow2_zstd qcow2_snapshots qcow2_compressed_snapshots qcow2_bitmap
+            qcow2_subclusters qcow2_subclusters_16k qcow2_subclusters_2m qcow2_subclusters_zlib qcow2_subclusters_snapshots
+            qcow2_subclusters_on_raw qcow2_subclusters_chain
             qcow2_on_raw qcow2_chain qcow2_v2_on_raw overlay_on_gzip overlay_on_vhdx
             vhd_dynamic vhd_fixed vhd_differencing vhd_small_blocks
             vhdx_dynamic vhdx_fixed vhdx_2m vhdx_32m vhdx_differencing vhdx_4096 vhdx_differencing_4096
@@ -134,7 +139,8 @@ pub(crate) use for_each_writable_kind;
 #[allow(unused_macros)]
 macro_rules! for_each_kind_of_many_files {
     ($tests:ident) => {
-        $tests!(vmdk_flat vmdk_2gb_sparse vmdk_2gb_flat vmdk_mixed split);
+        $tests!(vmdk_flat vmdk_2gb_sparse vmdk_2gb_flat vmdk_mixed split
+            qcow2_data_file qcow2_data_file_raw qcow2_data_file_subclusters qcow2_data_file_on_raw);
     };
 }
 #[allow(unused_imports)]

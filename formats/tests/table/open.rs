@@ -21,9 +21,24 @@ pub fn file(kind: &Kind, path: &Path, read_only: bool) -> Arc<Image> {
 
 /// Opens an image that lies in `store` as if in the file of `made`; its extents and parents are files in the same directory.
 pub fn over(kind: &Kind, path: &Path, store: Arc<dyn Store>, writable: bool, redo: Box<dyn RedoLog>) -> Result<Arc<Image>> {
+    over_files(kind, path, store, None, writable, redo)
+}
+
+/// Likewise, with the only further file that the image names in a store, too, if there is one.
+pub fn over_files(
+    kind: &Kind,
+    path: &Path,
+    store: Arc<dyn Store>,
+    second: Option<Arc<dyn Store>>,
+    writable: bool,
+    redo: Box<dyn RedoLog>,
+) -> Result<Arc<Image>> {
     let mut open_file = |name: &Path, writable: bool| -> Result<Arc<dyn Store>> {
+        if let Some(second) = &second {
+            return Ok(second.clone());
+        }
         let there = path.parent().unwrap().join(name);
-        if name.components().count() != 1 || !there.is_file() {
+        if there.parent() != path.parent() || !there.is_file() {
             return Err(formats::Error::new(formats::Kind::NotFound, format!("the test has no file {}", name.display())));
         }
         let file = std::fs::File::options().read(true).write(writable).open(&there).unwrap();

@@ -223,6 +223,112 @@ pub fn qcow2_chain() -> Kind {
     overlaid(kind("qcow2_chain", "qcow2", 3 << 20), "qcow2", 2, &["-o", "cluster_size=8k"])
 }
 
+/// Clusters of 32 subclusters.
+pub fn qcow2_subclusters() -> Kind {
+    converted(kind("qcow2_subclusters", "qcow2", 3 << 20), &["-o", "extended_l2=on"], |file, content| scribble(file, "qcow2", content, 8))
+}
+
+/// The smallest subclusters: one sector each.
+pub fn qcow2_subclusters_16k() -> Kind {
+    converted(kind("qcow2_subclusters_16k", "qcow2", 2 << 20), &["-o", "extended_l2=on,cluster_size=16k"], |file, content| {
+        scribble(file, "qcow2", content, 8);
+    })
+}
+
+/// Large clusters, and a size that is no multiple of a subcluster.
+pub fn qcow2_subclusters_2m() -> Kind {
+    converted(kind("qcow2_subclusters_2m", "qcow2", (4 << 20) + 3 * 512), &["-o", "extended_l2=on,cluster_size=2M"], |file, content| {
+        scribble(file, "qcow2", content, 8);
+    })
+}
+
+/// Subclusters beside compressed clusters.
+pub fn qcow2_subclusters_zlib() -> Kind {
+    converted(kind("qcow2_subclusters_zlib", "qcow2", 2 << 20), &["-c", "-o", "extended_l2=on,cluster_size=32k"], |file, content| {
+        scribble(file, "qcow2", content, 6);
+    })
+}
+
+/// Subclusters of clusters that snapshots share.
+pub fn qcow2_subclusters_snapshots() -> Kind {
+    converted(kind("qcow2_subclusters_snapshots", "qcow2", 2 << 20), &["-o", "extended_l2=on,cluster_size=16k"], |file, content| {
+        for name in ["first", "second"] {
+            qemu::must("qemu-img", &["snapshot", "-c", name, text(file)]);
+            scribble(file, "qcow2", content, 6);
+        }
+    })
+}
+
+/// Subclusters through which a backing file shows.
+pub fn qcow2_subclusters_on_raw() -> Kind {
+    overlaid(kind("qcow2_subclusters_on_raw", "qcow2", 3 << 20), "raw", 0, &["-o", "extended_l2=on,cluster_size=64k"])
+}
+
+/// A chain of four, all with subclusters.
+pub fn qcow2_subclusters_chain() -> Kind {
+    overlaid(kind("qcow2_subclusters_chain", "qcow2", 3 << 20), "qcow2", 2, &["-o", "extended_l2=on,cluster_size=32k"])
+}
+
+/// The guest's data in a file of their own, named `data` beside the image.
+fn with_data_file(kind: Kind, options: &'static str) -> Kind {
+    Kind {
+        make: Box::new(move |kind, dir| {
+            let mut content = guest::initial(kind.size);
+            fs::write(dir.join("source"), &content).unwrap();
+            // Absolute: QEMU takes a relative name from where it is started.
+            let options = format!("data_file={},{options}", text(&dir.join("data")));
+            let convert = Command::new("qemu-img")
+                .args(["convert", "-q", "-f", "raw", "-O", "qcow2", "-o", &options, "source", "image"])
+                .current_dir(dir)
+                .status()
+                .unwrap();
+            assert!(convert.success(), "{options}");
+            fs::remove_file(dir.join("source")).unwrap();
+            let file = dir.join("image");
+            scribble(&file, "qcow2", &mut content, 6);
+            Made { file, content }
+        }),
+        ..kind
+    }
+}
+
+/// An external data file.
+pub fn qcow2_data_file() -> Kind {
+    with_data_file(kind("qcow2_data_file", "qcow2", 2 << 20), "cluster_size=16k")
+}
+
+/// An external data file that is a raw image as well.
+pub fn qcow2_data_file_raw() -> Kind {
+    with_data_file(kind("qcow2_data_file_raw", "qcow2", 2 << 20), "data_file_raw=on,cluster_size=32k")
+}
+
+/// An external data file, and subclusters.
+pub fn qcow2_data_file_subclusters() -> Kind {
+    with_data_file(kind("qcow2_data_file_subclusters", "qcow2", 2 << 20), "extended_l2=on,cluster_size=32k")
+}
+
+/// An external data file with a backing file below.
+pub fn qcow2_data_file_on_raw() -> Kind {
+    Kind {
+        make: Box::new(|kind, dir| {
+            let mut content = guest::initial(kind.size);
+            fs::write(dir.join("base"), &content).unwrap();
+            let create = Command::new("qemu-img")
+                .args(["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "-o"])
+                .arg(format!("data_file={},cluster_size=16k", text(&dir.join("data"))))
+                .arg("image")
+                .current_dir(dir)
+                .status()
+                .unwrap();
+            assert!(create.success());
+            let file = dir.join("image");
+            scribble(&file, "qcow2", &mut content, 6);
+            Made { file, content }
+        }),
+        ..kind("qcow2_data_file_on_raw", "qcow2", 2 << 20)
+    }
+}
+
 /// An overlay of our own making on what `command` makes of the file `source`, written to here and there.
 fn our_overlay(kind: Kind, command: &'static str) -> Kind {
     Kind {
