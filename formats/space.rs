@@ -119,6 +119,15 @@ impl Space {
         Some(Taken { at, zeroed: true, fresh: true })
     }
 
+    /// Undoes a [`take`](Self::take) whose space could not be had: what lies beyond the file's end is not free space of it.
+    pub(crate) fn untake(&mut self, taken: Taken, len: u64) {
+        if taken.fresh && taken.at.checked_add(len) == Some(self.end) {
+            self.end = taken.at;
+        } else {
+            self.give(taken.at, len, false);
+        }
+    }
+
     /// Takes exactly this run out, if all of it is free.
     pub(crate) fn take_at(&mut self, at: u64, len: u64) -> bool {
         let Some((start, run)) = self.free.range(..=at).next_back().map(|(s, r)| (*s, *r)) else { return false };
@@ -174,6 +183,15 @@ mod tests {
         space.give(20, 10, true);
         assert_eq!(space.take(4), Some(Taken { at: 20, zeroed: true, fresh: false }));
         assert_eq!(space.take(u64::MAX), None);
+    }
+
+    #[test]
+    fn space_beyond_the_end_that_could_not_be_had_is_not_free() {
+        let mut space = Space::new(&mut [(0, 100)], 100).unwrap();
+        let taken = space.take(10).unwrap();
+        space.untake(taken, 10);
+        assert_eq!((space.end(), space.free()), (100, 0));
+        assert_eq!(space.take(10), Some(Taken { at: 100, zeroed: true, fresh: true }));
     }
 
     #[test]

@@ -108,7 +108,7 @@ impl Sparse {
         if taken.fresh {
             let end = space.end();
             let undo = |space: &mut Space, error: Error| {
-                space.give(taken.at, len, false);
+                space.untake(taken, len);
                 error
             };
             if end / SECTOR >= ABSENT {

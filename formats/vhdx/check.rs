@@ -135,7 +135,10 @@ impl Vhdx {
 
     fn mend(&self, layout: &Layout, findings: &mut Findings, cut: bool, report: &mut CheckReport) -> Result<()> {
         let contents = cut || !findings.lost.is_empty() || !findings.shared.is_empty();
-        self.renew(&mut self.headers.lock(), layout, contents)?;
+        let mut headers = self.headers.lock();
+        headers.need_log()?;
+        self.renew(&mut headers, layout, contents)?;
+        drop(headers);
         if cut {
             let len = findings.needed_len.next_multiple_of(MIB);
             self.store()?.set_len(len).map_err(|e| Error::io(format!("cannot extend the file to {len} bytes"), e))?;

@@ -120,6 +120,17 @@ pub(super) struct Headers {
 }
 
 impl Headers {
+    /// Refuses changes of an image without a log.
+    ///
+    /// # Errors
+    /// `Unsupported`: the format changes metadata through the log only.
+    pub(super) fn need_log(&self) -> Result<()> {
+        match self.current.log_len {
+            0 => Err(Error::unsupported("the image has no log, and its metadata must not be changed without one")),
+            _ => Ok(()),
+        }
+    }
+
     /// Reads the identifier and both copies.
     pub(super) fn read(store: &dyn Store) -> Result<Self> {
         let fail = |e| Error::io("cannot read the header", e);

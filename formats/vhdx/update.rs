@@ -26,9 +26,7 @@ impl Vhdx {
     /// Before the first change: finds the free space, gives the file and its contents new identifiers, mends a damaged copy of header or region table.
     pub(super) fn begin_changes(&self) -> Result<()> {
         let mut headers = self.headers.lock();
-        if headers.current.log_len == 0 {
-            return Err(Error::unsupported("the image has no log, and its metadata must not be changed without one"));
-        }
+        headers.need_log()?;
         let layout = self.layout.read();
         let mut space = self.space.lock();
         if space.is_none() {
