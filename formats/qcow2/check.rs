@@ -230,16 +230,16 @@ impl Qcow2 {
                 let compressed = matches!(entry, Entry::Compressed { .. });
                 found.report.allocated_units += 1;
                 found.report.encoded_units += u64::from(compressed);
-                if active {
-                    let of_kind = if compressed { &mut found.packed } else { &mut found.active };
-                    (start >> self.geometry.cluster_bits..self.geometry.clusters(start + len)).for_each(|index| of_kind.add(index, 1));
-                }
                 // The last sector of a compressed cluster may be cut off by the end of the file.
                 let len = match entry {
                     Entry::Compressed { host, len } => host + len - start,
                     _ => len,
                 };
-                self.count(found, start, len, times, "data cluster");
+                // Only what is in the file: other entries could name any number of places.
+                if self.count(found, start, len, times, "data cluster") && active {
+                    let of_kind = if compressed { &mut found.packed } else { &mut found.active };
+                    (start >> self.geometry.cluster_bits..self.geometry.clusters(start + len)).for_each(|index| of_kind.add(index, 1));
+                }
             }
         })
     }
