@@ -28,6 +28,10 @@ const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
 pub struct Gate {
     /// Directories, besides the image's own tree, in which files named by images may lie.
     pub allowed: Vec<PathBuf>,
+    /// Directories in which the images (and overlays) that the user names have to lie, wherever symbolic links lead. `None`: anywhere.
+    pub images: Option<Vec<PathBuf>>,
+    /// The user may name block devices, which lie in no image directory.
+    pub block_devices: bool,
     /// Take QEMU's locks. Off only where the file system has none.
     pub locking: bool,
     /// Follow names at all. Off for looking at an image without touching others (`info` of a stranger's file).
@@ -36,7 +40,7 @@ pub struct Gate {
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { allowed: Vec::new(), locking: true, follow: true }
+        Self { allowed: Vec::new(), images: None, block_devices: true, locking: true, follow: true }
     }
 }
 
@@ -57,7 +61,7 @@ impl Gate {
     /// # Errors
     /// `NotFound`, `Denied`, `Locked`; `InvalidOption` for a directory or FIFO.
     pub fn open_named(&self, path: &Path, writable: bool) -> Result<(Arc<FileStore>, Chain)> {
-        let file = open(path, writable)?;
+        let file = self.open_within(path, writable, true)?;
         let meta = file.metadata().map_err(|e| Error::io("cannot look at the file", e).at_path(path))?;
         let kind = meta.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -76,7 +80,7 @@ impl Gate {
     /// # Errors
     /// As for [`Self::open_named`].
     pub fn open_overlay(&self, chain: &mut Chain, path: &Path, writable: bool) -> Result<Arc<FileStore>> {
-        let file = open(path, writable)?;
+        let file = self.open_within(path, writable, false)?;
         let meta = file.metadata().map_err(|e| Error::io("cannot look at the file", e).at_path(path))?;
         if !meta.is_file() {
             return Err(Error::new(Kind::InvalidOption, "an overlay is a regular file, which this is not").at_path(path));
@@ -155,6 +159,52 @@ impl Gate {
         Ok((Arc::new(store), path))
     }
 
+    /// Whether the user may name a new file at `path`: its directory has to lie in an image directory.
+    ///
+    /// # Errors
+    /// `Denied`; `NotFound` when the directory is not there.
+    pub fn may_create(&self, path: &Path) -> Result<()> {
+        if self.images.is_none() {
+            return Ok(());
+        }
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let real = parent.canonicalize().map_err(|e| Error::io("cannot look at the directory of the new file", e).at_path(path))?;
+        self.within(&real, path)
+    }
+
+    /// Opens a file that the user named: regular, or a block device where `devices` and the policy say so. With a policy nothing
+    /// else is even touched, and nothing outside the image directories: the name is looked up once, and what it led to is opened, whatever becomes of the name.
+    fn open_within(&self, path: &Path, writable: bool, devices: bool) -> Result<File> {
+        if self.images.is_none() && self.block_devices {
+            return open(path, writable);
+        }
+        let found = OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH | nix::libc::O_CLOEXEC).open(path);
+        let found = found.map_err(|e| Error::io(how(writable), e).at_path(path))?;
+        let kind = found.metadata().map_err(|e| Error::io("cannot look at the file", e).at_path(path))?.file_type();
+        if kind.is_block_device() && devices {
+            if !self.block_devices {
+                let why = "this is a block device, and the configuration allows images in files only ('block-devices = true' allows it)";
+                return Err(Error::new(Kind::Denied, why).at_path(path));
+            }
+        } else {
+            self.within(&real_path(&found, path)?, path)?;
+            if !kind.is_file() {
+                return Err(Error::new(Kind::InvalidOption, "this is not a regular file, and so no disk image").at_path(path));
+            }
+        }
+        // The very file that was looked at. Without /proc there is no way to it, and no other is taken.
+        open(Path::new(&format!("/proc/self/fd/{}", found.as_raw_fd())), writable).map_err(|error| error.at_path(path))
+    }
+
+    fn within(&self, real: &Path, path: &Path) -> Result<()> {
+        let Some(directories) = &self.images else { return Ok(()) };
+        if directories.iter().any(|dir| dir.canonicalize().is_ok_and(|dir| real.starts_with(dir))) {
+            return Ok(());
+        }
+        let why = "this does not lie in one of the image directories of the configuration ('image-directories'), or a symbolic link leads out of them";
+        Err(Error::new(Kind::Denied, why).at_path(path))
+    }
+
     fn lock(&self, file: &File, path: &Path, how: Use) -> Result<()> {
         if !self.locking {
             return Ok(());
@@ -196,10 +246,11 @@ fn refusal(by: &Path, name: &Path, why: &str) -> Error {
 fn open(path: &Path, writable: bool) -> Result<File> {
     // NONBLOCK: a FIFO must not make us wait. It means nothing for files and block devices.
     let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY | nix::libc::O_CLOEXEC;
-    OpenOptions::new().read(true).write(writable).custom_flags(flags).open(path).map_err(|e| {
-        let how = if writable { "cannot open the image for writing" } else { "cannot open the image" };
-        Error::io(how, e).at_path(path)
-    })
+    OpenOptions::new().read(true).write(writable).custom_flags(flags).open(path).map_err(|e| Error::io(how(writable), e).at_path(path))
+}
+
+fn how(writable: bool) -> &'static str {
+    if writable { "cannot open the image for writing" } else { "cannot open the image" }
 }
 
 /// Where an open file really is.

@@ -210,8 +210,11 @@ impl Opener<'_> {
                 let other = options.parent.as_deref().filter(|_| top);
                 let (file, parent_path) = match other {
                     Some(other) => {
-                        // The user's own word: any place, still not in a circle.
-                        let gate = Gate { allowed: vec![PathBuf::from("/")], ..options.gate.clone() };
+                        // The user's own word: any place where he may name images, still not in a circle.
+                        let anywhere = || vec![PathBuf::from("/")];
+                        let allowed =
+                            options.gate.images.as_ref().map_or_else(anywhere, |dirs| [&dirs[..], &options.gate.allowed].concat());
+                        let gate = Gate { allowed, ..options.gate.clone() };
                         let absolute = std::path::absolute(other).map_err(|e| Error::io("cannot resolve the path", e).at_path(other))?;
                         gate.open_implicit(chain, path, &absolute, false)?
                     }

@@ -103,11 +103,13 @@ fn kept(opener: &Opener<'_>, base: Base, path: &Path, create: bool, chain: &mut 
         Err(error) if error.kind() == Kind::NotFound => {
             if opener.glance {
                 check_directory(path)?;
+                options.gate.may_create(path)?;
             }
             if !(create && writable) {
                 return Ok(base.image);
             }
             if let Some(image) = &base.image {
+                options.gate.may_create(path)?;
                 let new = NewImage { backing: Some(base.describe(image, path)?), ..NewImage::new(overlay_size(image)) };
                 // Somebody else may have been faster: then it is his, and verified like any other.
                 if new.create(path, mode_like(&base.file))? {

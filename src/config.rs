@@ -27,6 +27,10 @@ pub struct Configuration {
     pub allow: Vec<PathBuf>,
     /// Where metrics are to be had: `unix:/path`, or a loopback address with a port.
     pub metrics: Option<Endpoint>,
+    /// Directories in which images have to lie; `None`: anywhere.
+    pub image_directories: Option<Vec<PathBuf>>,
+    /// Whether images may be block devices; `None`: where images may lie anywhere.
+    pub block_devices: Option<bool>,
     /// `@NAME`.
     pub exports: Exports,
 }
@@ -75,6 +79,8 @@ struct Raw {
     metrics: Option<String>,
     #[serde(default)]
     allow: Vec<PathBuf>,
+    image_directories: Option<Vec<PathBuf>>,
+    block_devices: Option<bool>,
     #[serde(default)]
     exports: BTreeMap<String, BTreeMap<String, Value>>,
 }
@@ -133,12 +139,30 @@ impl Configuration {
             return Err(format!("'allow' should hold absolute paths, not '{}'", relative.display()));
         }
         let metrics = raw.metrics.map(|text| text.parse().map_err(|error| format!("'metrics': {error}"))).transpose()?;
-        Ok(Self { log_level: raw.log_level, workers: raw.workers, cache_size, allow: raw.allow, metrics, exports })
+        if let Some(relative) = raw.image_directories.iter().flatten().find(|dir| !dir.is_absolute()) {
+            return Err(format!("'image-directories' should hold absolute paths, not '{}'", relative.display()));
+        }
+        Ok(Self {
+            log_level: raw.log_level,
+            workers: raw.workers,
+            cache_size,
+            allow: raw.allow,
+            metrics,
+            image_directories: raw.image_directories,
+            block_devices: raw.block_devices,
+            exports,
+        })
     }
 
     /// What opening images needs of it.
     pub fn environment(&self) -> Environment {
-        Environment { allowed: self.allow.clone(), exports: self.exports.clone(), redo: None }
+        Environment {
+            allowed: self.allow.clone(),
+            images: self.image_directories.clone(),
+            files_only: !self.block_devices.unwrap_or(self.image_directories.is_none()),
+            exports: self.exports.clone(),
+            redo: None,
+        }
     }
 }
 
@@ -181,6 +205,8 @@ mod tests {
             cache-size = "64M"
             allow = ["/srv/base"]
             metrics = "[::1]:9750"
+            image-directories = ["/srv/images"]
+            block-devices = true
             [exports.web]
             file = "/srv/a, b:c.qcow2"
             read-only = true
@@ -194,6 +220,8 @@ mod tests {
             cache_size: Some(64 << 20),
             allow: vec!["/srv/base".into()],
             metrics: Some(Endpoint::Loopback("[::1]:9750".parse().expect("an address"))),
+            image_directories: Some(vec!["/srv/images".into()]),
+            block_devices: Some(true),
             exports: [("web".to_owned(), spec)].into(),
         };
         assert_eq!(configuration, expected);
@@ -210,6 +238,7 @@ mod tests {
             ("metrics = \"10.0.0.1:80\"", "'metrics': '10.0.0.1:80' is no address of this machine's own"),
             ("metrics = \"unix:x\"", "absolute"),
             ("metrics = \"9750\"", "unix:/path or 127.0.0.1:PORT"),
+            ("image-directories = [\"x\"]", "absolute"),
             ("[exports.a]\nfile = \"x\"", "absolute"),
             ("[exports.a]\nread-only = true", "[exports.a]: 'file' is missing"),
             ("[exports.a]\nfile = \"/x\"\nsise = 1", "did you mean 'size'?"),

@@ -16,6 +16,10 @@ use std::sync::Arc;
 pub struct Environment {
     /// Directories, besides an image's own, in which files that it names (parents, extents) may lie.
     pub allowed: Vec<PathBuf>,
+    /// Directories in which images have to lie; `None`: anywhere.
+    pub images: Option<Vec<PathBuf>>,
+    /// Images may not be block devices.
+    pub files_only: bool,
     /// Named exports (`@NAME`).
     pub exports: Exports,
     /// What keeps acknowledged writes when this process dies; only a server needs it.
@@ -111,7 +115,13 @@ impl Environment {
         options.parent_format.clone_from(&spec.parent_format);
         options.snapshot_name.clone_from(&spec.snapshot_name);
         options.overlay = overlay(spec, purpose)?;
-        options.gate = Gate { allowed: self.allowed.clone(), locking: purpose != Purpose::Inspect, ..Gate::default() };
+        options.gate = Gate {
+            allowed: self.allowed.clone(),
+            images: self.images.clone(),
+            block_devices: !self.files_only,
+            locking: purpose != Purpose::Inspect,
+            ..Gate::default()
+        };
         if purpose == Purpose::Serve {
             options.redo.clone_from(&self.redo);
         }
