@@ -93,25 +93,43 @@ fn accept(
                     continue;
                 }
             };
-            if connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
-                connections.fetch_sub(1, Ordering::Relaxed);
+            let place = Place::take(&connections);
+            if place.number >= MAX_CONNECTIONS {
                 tracing::debug!("{name}: a connection more than {MAX_CONNECTIONS} is closed");
                 continue;
             }
-            let (serve, mine) = (serve.clone(), Arc::clone(&connections));
+            let serve = serve.clone();
             let spawned = thread::Builder::new().name(name.into()).spawn(move || {
+                let _place = place;
                 if let Err(error) = serve(stream) {
                     tracing::debug!("{name}: {error}");
                 }
-                mine.fetch_sub(1, Ordering::Relaxed);
             });
             if let Err(error) = spawned {
-                connections.fetch_sub(1, Ordering::Relaxed);
                 tracing::warn!("{name}: cannot start a thread: {error}");
             }
         }
     })?;
     Ok(())
+}
+
+/// One of the connections there may be, given back however its thread ends.
+struct Place {
+    all: Arc<AtomicUsize>,
+    /// How many there were before it.
+    number: usize,
+}
+
+impl Place {
+    fn take(all: &Arc<AtomicUsize>) -> Self {
+        Self { all: Arc::clone(all), number: all.fetch_add(1, Ordering::Relaxed) }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.all.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Answers one request.
